@@ -1,0 +1,1 @@
+"""Proxy models: the token pool, the decoder and its trainer."""

@@ -1,0 +1,1 @@
+"""From (parameters, losses) to the optimal parameters: features, regressors, proposals."""

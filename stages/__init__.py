@@ -1,0 +1,44 @@
+"""QuaDMix as NeMo Curator stages: label, rank, sample, export; one stage per file.
+
+Each stage moves columns in and out of a Curator ``DocumentBatch`` and calls a function that is tested alone.
+"""
+
+if __name__ == "stages":
+    raise ImportError("import from quadmix_plugin.stages, as in: from quadmix_plugin.stages import MergeRank")
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CountTokens": "count_tokens",
+    "DomainClassify": "domain_classify",
+    "ExportTokens": "export_tokens",
+    "MergeRank": "merge_rank",
+    "PrepareDocuments": "prepare_documents",
+    "QualityScore": "quality_score",
+    "SigmoidSample": "sigmoid_sample",
+    "TrainProxies": "train_proxies",
+    "WriteShards": "write_shards",
+}
+
+__all__ = [
+    "CountTokens",
+    "DomainClassify",
+    "ExportTokens",
+    "MergeRank",
+    "PrepareDocuments",
+    "QualityScore",
+    "SigmoidSample",
+    "TrainProxies",
+    "WriteShards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

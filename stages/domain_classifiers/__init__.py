@@ -1,0 +1,1 @@
+"""Domain classifiers: small classes with `name`, `setup` and `classify`; no Curator needed."""

@@ -1,0 +1,1 @@
+"""Quality scorers: small classes with `name`, `higher_is_better`, `setup` and `score`; no Curator needed."""
