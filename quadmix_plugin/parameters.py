@@ -61,9 +61,7 @@ class Parameters:
             ("scorers", self.scorers, self.n_scorers),
         ):
             if names and (len(names) != n or len(set(names)) != n):
-                raise InputError(
-                    f"{name}: {len(names)} names ({', '.join(names)}); give {n} different names, or none"
-                )
+                raise InputError(f"{name}: {len(names)} names ({', '.join(names)}); give {n} different names, or none")
         for name in ("alpha", *_PER_DOMAIN):
             values = getattr(self, name)
             bad = ~np.isfinite(values) | (values < 0)
@@ -176,9 +174,7 @@ class Parameters:
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; give the theta.json that `quadmix search` wrote") from error
         except ValueError as error:
-            raise InputError(
-                f"{path}: not JSON ({error}); give the theta.json that `quadmix search` wrote"
-            ) from error
+            raise InputError(f"{path}: not JSON ({error}); give the theta.json that `quadmix search` wrote") from error
         return cls.from_dict(content, str(path))
 
 
@@ -212,9 +208,7 @@ def sample_parameters(
         InputError: ``n`` below 0, or fewer than one scorer or domain.
     """
     if n < 0 or n_scorers < 1 or n_domains < 1:
-        raise InputError(
-            f"n={n}, n_scorers={n_scorers}, n_domains={n_domains}; give n >= 0 and at least one of each"
-        )
+        raise InputError(f"n={n}, n_scorers={n_scorers}, n_domains={n_domains}; give n >= 0 and at least one of each")
     vectors = sample_parameter_vectors(n, n_scorers, n_domains, seed, space=space)
     return [Parameters.from_vector(vector, n_scorers, domains, scorers) for vector in vectors]
 

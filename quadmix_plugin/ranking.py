@@ -166,7 +166,5 @@ def _tokens(tokens: ArrayLike) -> NDArray[np.int64]:
     if counts.dtype.kind not in "iu" and counts.size:
         raise InputError(f"tokens: type {counts.dtype}; give integers")
     if (bad := counts <= 0).any():
-        raise InputError(
-            f"tokens: {int(bad.sum())} documents have {counts[bad][0]} tokens; drop empty documents first"
-        )
+        raise InputError(f"tokens: {int(bad.sum())} documents have {counts[bad][0]} tokens; drop empty documents first")
     return counts.astype(np.int64)

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from quadmix_plugin.errors import RecipeError
 
 GROUPS = {
-    name: f"quadmix_plugin.{name}"
-    for name in ("scorers", "domain_classifiers", "selectors", "regressors", "trainers")
+    name: f"quadmix_plugin.{name}" for name in ("scorers", "domain_classifiers", "selectors", "regressors", "trainers")
 }
 
 
@@ -41,9 +40,7 @@ def load(group: str, name: str, place: str = "") -> Any:
     points = found[name]
     if len(points) > 1:
         who = " and ".join(sorted(f"{_distribution(p)} ({p.value})" for p in points))
-        raise RecipeError(
-            f"{prefix}the name {name!r} in {GROUPS[group]} is registered by {who}; uninstall one of them"
-        )
+        raise RecipeError(f"{prefix}the name {name!r} in {GROUPS[group]} is registered by {who}; uninstall one of them")
     try:
         return points[0].load()
     except Exception as error:  # whatever a stranger's module raises on import
@@ -64,9 +61,7 @@ def create(group: str, name: str, options: Mapping[str, Any] | None = None, plac
     try:
         return TypeAdapter(cls).validate_python(dict(options or {}))
     except ValidationError as error:
-        raise RecipeError(
-            f"{prefix}{explain(error, list(TypeAdapter(cls).json_schema()['properties']))}"
-        ) from error
+        raise RecipeError(f"{prefix}{explain(error, list(TypeAdapter(cls).json_schema()['properties']))}") from error
 
 
 def explain(error: ValidationError, known: list[str]) -> str:

@@ -32,9 +32,7 @@ def sampling_value(rank: ArrayLike, domain_ids: ArrayLike, theta: Parameters) ->
     ranks = np.asarray(rank, dtype=np.float64)
     ids = np.asarray(domain_ids)
     if ranks.shape != ids.shape or ranks.ndim != 1:
-        raise InputError(
-            f"rank {ranks.shape} and domain_ids {ids.shape} must be one-dimensional and of one length"
-        )
+        raise InputError(f"rank {ranks.shape} and domain_ids {ids.shape} must be one-dimensional and of one length")
     if not ((ranks > 0) & (ranks <= 1)).all():
         raise InputError("rank: values outside (0, 1]; give what quality_rank returns")
     value = theta.epsilon[ids]

@@ -98,9 +98,7 @@ class Step:
 
     def entries(self) -> list[Entry]:
         """All artifacts of this step and key, by name."""
-        found = (
-            _read_entry(path) for path in sorted(self._manifest.glob("*.json")) if path.name != "_SUCCESS.json"
-        )
+        found = (_read_entry(path) for path in sorted(self._manifest.glob("*.json")) if path.name != "_SUCCESS.json")
         names = sorted(entry.path for entry in found if entry is not None)
         return [entry for name in names if (entry := self.entry(name)) is not None]
 
@@ -114,9 +112,7 @@ class Step:
         try:
             return pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
         except (pa.ArrowInvalid, OSError) as error:
-            raise QuadmixError(
-                f"{path}: damaged ({error}); delete it and run the step {self.name!r} again"
-            ) from error
+            raise QuadmixError(f"{path}: damaged ({error}); delete it and run the step {self.name!r} again") from error
 
     def read_json(self, relative: str) -> Any:
         """Reads a JSON artifact; errors as ``read_table``."""
@@ -124,9 +120,7 @@ class Step:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise QuadmixError(
-                f"{path}: damaged ({error}); delete it and run the step {self.name!r} again"
-            ) from error
+            raise QuadmixError(f"{path}: damaged ({error}); delete it and run the step {self.name!r} again") from error
 
     def read_path(self, relative: str) -> Path:
         """The path of an artifact that the manifest vouches for."""

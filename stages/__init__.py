@@ -18,16 +18,20 @@ _HOME = {
     "QualityScore": "quality_score",
     "SigmoidSample": "sigmoid_sample",
     "TrainProxies": "train_proxies",
-    "WriteShards": "write_shards",
+    "FitRank": "merge_rank",
+    "ReadShards": "shards",
+    "WriteShards": "shards",
 }
 
 __all__ = [
     "CountTokens",
     "DomainClassify",
     "ExportTokens",
+    "FitRank",
     "MergeRank",
     "PrepareDocuments",
     "QualityScore",
+    "ReadShards",
     "SigmoidSample",
     "TrainProxies",
     "WriteShards",

@@ -1,0 +1,360 @@
+"""Recipes: one YAML file that says what a run does, checked whole before any work starts.
+
+A recipe is data: ``yaml.safe_load`` with duplicate keys refused, no names of code to import, strict types. Paths
+are relative to the recipe's folder. A fault is one line with the place, the value and the remedy.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quadmix_plugin.errors import RecipeError
+from quadmix_plugin.parameters import ParameterSpace
+
+_MAX_BYTES = 1 << 20
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Options = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Corpus(Section):
+    """The documents: Parquet or JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst)."""
+
+    path: str | list[str]
+    """A file, a folder, a glob, or a list of them; any fsspec path."""
+    id: str | None = None
+    """Column with unique document ids; without it ids are made from file name and row."""
+    text: str = "text"
+    documents_per_shard: int = Field(2000, ge=1)
+    """The unit of parallel work and of resuming."""
+    invalid_rows: Literal["error", "drop"] = "error"
+    """What to do with a null text."""
+
+
+class Tokenizer(Section):
+    """The tokenizer that counts tokens and writes token files."""
+
+    model: str
+    """A folder with tokenizer.json, or a hub id."""
+    revision: str | None = None
+    eod: str = "<|endoftext|>"
+    """The token that ends a document."""
+
+
+class DomainSection(Section):
+    """How documents get their domain; further keys are options of the classifier."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    classifier: str = "nvidia-domain"
+
+
+class Normalise(Section):
+    """σ."""
+
+    method: Literal["ecdf", "zscore", "minmax"] = "ecdf"
+
+
+class Rank(Section):
+    """Eq. 2."""
+
+    method: Literal["exact"] = "exact"
+    ties: Literal["paper", "mid"] = "paper"
+    merge_small_domains: int = Field(0, ge=0)
+    """Domains with fewer tokens than this are folded into one domain, ``other``."""
+
+
+class Space(Section):
+    """The ranges of Algorithm 1."""
+
+    lam_min: float = Field(1.0, gt=0)
+    lam_max: float = Field(1000.0, gt=0)
+    omega_max: float = Field(0.1, gt=0, le=1)
+    eta_max: float = Field(1.0, ge=0)
+    epsilon_max: float = Field(0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Space":
+        if self.lam_max < self.lam_min:
+            raise ValueError(f"lam_max {self.lam_max} is below lam_min {self.lam_min}")
+        return self
+
+    def to_parameter_space(self) -> ParameterSpace:
+        """The same ranges as Algorithm 1 takes them."""
+        return ParameterSpace(**self.model_dump())
+
+
+class Validation(Section):
+    """Questions and answers whose loss is the target; JSON Lines or Parquet."""
+
+    path: str | list[str]
+    prompt: str = "prompt"
+    response: str = "response"
+    task: str | None = "task"
+    """Column that names the task of a row; None makes one task of each file."""
+    mask_prompt: bool = True
+    """Loss on the response only."""
+    rows_per_task: int | None = Field(None, ge=2)
+    """At most so many rows of each task, chosen by hash."""
+
+
+class Proxy(Section):
+    """The proxy models."""
+
+    number: int = Field(3000, ge=8)
+    tokens: int = Field(1_000_000_000, ge=1)
+    """Tokens that each proxy is trained on."""
+    repeats: int = Field(4, ge=2)
+    """Seeds of one θ, for the noise estimate; the first is proxy 0 itself."""
+    trainer: str = "torch"
+    options: Options = Field(default_factory=dict)
+
+
+class Search(Section):
+    """From losses to θ*."""
+
+    objective: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weight of each task's standardised loss; empty: all tasks equally."""
+    regressor: str = "lightgbm"
+    options: Options = Field(default_factory=dict)
+    features: Literal["theta", "theta+derived"] = "theta+derived"
+    draws: int = Field(100_000, ge=100)
+    top: int = Field(10, ge=1)
+    average: Literal["unit", "paper"] = "unit"
+    folds: int = Field(5, ge=2)
+
+    @field_validator("objective")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and not any(value.values()):
+            raise ValueError("all weights are 0; give at least one task a positive weight")
+        return value
+
+
+class Select(Section):
+    """The selection under θ* and the methods it is compared with."""
+
+    target_tokens: int | None = Field(None, ge=1)
+    """Scales every ω by one factor to reach this many tokens; None leaves θ* as it is."""
+    theta: str | None = None
+    """A theta.json to use in place of this run's own search."""
+    compare: dict[Name, Options] = Field(default_factory=lambda: {"random": {}})
+    """Other selections at the same budget of unique tokens: a name and the options of its ``selector``."""
+
+
+class Pretrain(Section):
+    """The models trained on each selection, for the comparison."""
+
+    tokens: int = Field(500_000_000_000, ge=1)
+    seeds: list[int] = Field(default_factory=lambda: [1, 2], min_length=2)
+    trainer: str = "torch"
+    options: Options = Field(default_factory=dict)
+
+
+class Executor(Section):
+    """Where the work runs; has no influence on any result."""
+
+    name: Literal["inline", "dask", "ray_data", "xenna"] = "dask"
+    workers: int | None = Field(None, ge=1)
+    """Worker processes; None: one per core."""
+    address: str | None = None
+    """An existing Dask scheduler."""
+    memory_limit: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Recipe(Section):
+    """A whole run. See ``quadmix init`` for a commented one."""
+
+    name: Name
+    seed: int = Field(0, ge=0)
+    corpus: Corpus
+    tokenizer: Tokenizer
+    domain: DomainSection
+    scorers: dict[Name, Options] = Field(min_length=1)
+    """Name → options of that scorer; ``scorer:`` among them when the name is not the plug-in's."""
+    normalise: Normalise = Normalise()
+    rank: Rank = Rank()
+    space: Space = Space()
+    validation: Validation
+    proxy: Proxy = Proxy()
+    search: Search = Search()
+    select: Select = Select()
+    pretrain: Pretrain = Pretrain()
+    executor: Executor = Executor()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """``SafeLoader`` that refuses a key given twice, and aliases, which can blow a small file up."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe; ``overrides`` are ``key.key=value`` pairs of ``--set``. Paths come out absolute.
+
+    Raises:
+        RecipeError: no such file, not YAML, a key given twice, unknown (with the nearest) or missing, or a value of
+            the wrong type; plug-in names and their options are checked as well.
+    """
+    path = Path(path)
+    content = _read_yaml(path)
+    for override in overrides or []:
+        _override(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from error
+    recipe = _with_absolute_paths(recipe, path.absolute().parent)
+    _check_plugins(recipe, path)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, each as ``key: old → new``."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return lines
+
+
+def scorer_plugin(name: str, options: Options) -> tuple[str, Options]:
+    """The plug-in behind an entry of ``scorers`` (or ``select.compare``) and its options."""
+    rest = {key: value for key, value in options.items() if key not in ("scorer", "selector")}
+    return str(options.get("scorer", options.get("selector", name))), rest
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"{path}: {path.stat().st_size} bytes; a recipe is at most {_MAX_BYTES}")
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise RecipeError(f"{path}: no such file; `quadmix init DIR` writes a starter recipe") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: holds {type(content).__name__}; a recipe is a mapping of keys to values")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "not valid YAML"
+    return f"line {mark.line + 1}: {problem}" if mark else f"not valid YAML ({str(error).splitlines()[0]})"
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: give key=value, such as proxy.number=64")
+    target = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"--set {override}: {parent!r} holds a value, not a section")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML; quote it") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    where = ".".join(loc) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        return f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+    if first["type"] == "missing":
+        return f"{where}: missing; give a value"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}; found {first['input']!r}"
+
+
+def _known_keys(loc: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return sorted(model.model_fields)
+
+
+def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(each) for each in value]
+        return str(base / value) if isinstance(value, str) and "://" not in value else value
+
+    def model(value: Any) -> Any:
+        """A model is a folder where one of that name is there or it is written like a path; otherwise a hub id."""
+        looks_like_path = str(value).startswith((".", "/")) or (base / str(value)).exists()
+        return absolute(value) if looks_like_path else value
+
+    content = recipe.model_dump()
+    for section in ("corpus", "validation"):
+        content[section]["path"] = absolute(content[section]["path"])
+    if content["select"]["theta"]:
+        content["select"]["theta"] = absolute(content["select"]["theta"])
+    for options in (content["tokenizer"], content["domain"], *content["scorers"].values()):
+        if options.get("model"):
+            options["model"] = model(options["model"])
+    return Recipe.model_validate(content)
+
+
+def _check_plugins(recipe: Recipe, path: Path) -> None:
+    from quadmix_plugin import registry
+
+    options = {key: value for key, value in recipe.domain.model_dump().items() if key != "classifier"}
+    registry.create("domain_classifiers", recipe.domain.classifier, options, f"{path}: domain")
+    for name, given in recipe.scorers.items():
+        plugin, rest = scorer_plugin(name, given)
+        registry.create("scorers", plugin, rest, f"{path}: scorers.{name}")
+    for name, given in recipe.select.compare.items():
+        plugin, rest = scorer_plugin(name, given)
+        registry.create("selectors", plugin, rest, f"{path}: select.compare.{name}")
+        scorer = rest.get("scorer_name")
+        if scorer is not None and scorer not in recipe.scorers:
+            raise RecipeError(
+                f"{path}: select.compare.{name}.scorer_name: {scorer!r} is not among scorers "
+                f"({', '.join(recipe.scorers)})"
+            )
+    registry.create("regressors", recipe.search.regressor, recipe.search.options, f"{path}: search.options")
+    registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, f"{path}: proxy.options")
+    registry.create("trainers", recipe.pretrain.trainer, recipe.pretrain.options, f"{path}: pretrain.options")
