@@ -332,6 +332,9 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         content[section]["path"] = absolute(content[section]["path"])
     if content["select"]["theta"]:
         content["select"]["theta"] = absolute(content["select"]["theta"])
+    for options in content["select"]["compare"].values():
+        if options.get("theta"):
+            options["theta"] = absolute(options["theta"])
     for options in (content["tokenizer"], content["domain"], *content["scorers"].values()):
         if options.get("model"):
             options["model"] = model(options["model"])

@@ -28,8 +28,8 @@ class Parameters:
     ``scorers`` name the rows and columns; empty when θ is used as bare numbers.
 
     Raises:
-        InputError: a shape that does not fit, a value that is not finite, α not summing to 1, ω outside (0, 1],
-            or a negative α, λ, η or ε.
+        InputError: a shape that does not fit, a value that is not a finite number, names that do not fit, α not
+            summing to 1, ω outside (0, 1], or a negative α, λ, η or ε.
     """
 
     alpha: Array
@@ -42,9 +42,17 @@ class Parameters:
 
     def __post_init__(self) -> None:
         for name in ("alpha", *_PER_DOMAIN):
-            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float64))
-        object.__setattr__(self, "domains", tuple(self.domains))
-        object.__setattr__(self, "scorers", tuple(self.scorers))
+            try:
+                values = np.array(getattr(self, name), dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name}: {error}; give numbers, in rows of one length") from error
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
+        for name in ("domains", "scorers"):
+            names = getattr(self, name)
+            if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+                raise InputError(f"{name}: {names!r}; give a list of names")
+            object.__setattr__(self, name, tuple(names))
         self._check()
 
     def _check(self) -> None:
@@ -151,9 +159,7 @@ class Parameters:
             raise InputError(f"{place}: found {found}; parameters have the keys {', '.join(sorted(known))}")
         try:
             return cls(**content)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{place}: {error}") from error
-        except InputError as error:
+        except (TypeError, InputError) as error:
             raise InputError(f"{place}: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -167,12 +173,14 @@ class Parameters:
         """Reads what ``save`` wrote.
 
         Raises:
-            InputError: no such file, not JSON, or not parameters.
+            InputError: no such file, one that cannot be read, not JSON, or not parameters.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; give the theta.json that `quadmix search` wrote") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); give a theta.json") from error
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error}); give the theta.json that `quadmix search` wrote") from error
         return cls.from_dict(content, str(path))
@@ -180,13 +188,28 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """The ranges of Algorithm 1: λ log-uniform, ω, η and ε uniform; the defaults are the paper's."""
+    """The ranges of Algorithm 1: λ log-uniform, ω, η and ε uniform; the defaults are the paper's.
+
+    Raises:
+        InputError: 0 < ``lam_min`` <= ``lam_max`` or 0 < ``omega_max`` <= 1 does not hold, or a negative maximum.
+    """
 
     lam_min: float = 1.0
     lam_max: float = 1000.0
     omega_max: float = 0.1
     eta_max: float = 1.0
     epsilon_max: float = 0.001
+
+    def __post_init__(self) -> None:
+        for holds, name, remedy in (
+            (0 < self.lam_min < np.inf, "lam_min", "give a number above 0"),
+            (self.lam_min <= self.lam_max < np.inf, "lam_max", f"give a number of at least lam_min = {self.lam_min}"),
+            (0 < self.omega_max <= 1, "omega_max", "give a share in (0, 1]"),
+            (0 <= self.eta_max < np.inf, "eta_max", "give a finite number >= 0"),
+            (0 <= self.epsilon_max < np.inf, "epsilon_max", "give a finite number >= 0"),
+        ):
+            if not holds:
+                raise InputError(f"space.{name}: {getattr(self, name)}; {remedy}")
 
 
 def sample_parameters(
@@ -205,10 +228,12 @@ def sample_parameters(
     default ``space``. Draw i depends on (seed, i) alone, so a longer list begins with the shorter one.
 
     Raises:
-        InputError: ``n`` below 0, or fewer than one scorer or domain.
+        InputError: ``n`` or ``seed`` below 0, or fewer than one scorer or domain.
     """
     if n < 0 or n_scorers < 1 or n_domains < 1:
         raise InputError(f"n={n}, n_scorers={n_scorers}, n_domains={n_domains}; give n >= 0 and at least one of each")
+    if seed < 0:
+        raise InputError(f"seed={seed}; give an integer >= 0")
     vectors = sample_parameter_vectors(n, n_scorers, n_domains, seed, space=space)
     return [Parameters.from_vector(vector, n_scorers, domains, scorers) for vector in vectors]
 
@@ -243,13 +268,24 @@ def average_parameters(thetas: Sequence[Parameters], average: Literal["unit", "p
     """The mean of several θ, with α renormalised.
 
     ``paper``: arithmetic. ``unit``: in the unit cube of Algorithm 1, where λ is geometric (λ is log-uniform, so
-    that an arithmetic mean would be governed by its largest value).
+    that an arithmetic mean would be governed by its largest value); a λ of 0 in one makes the mean 0.
+
+    Raises:
+        InputError: no parameters, another ``average``, or parameters of different domains or scorers.
     """
+    if average not in ("unit", "paper"):
+        raise InputError(f"average={average!r}; choose 'unit' or 'paper'")
     if not thetas:
         raise InputError("no parameters to average; give at least one")
     first = thetas[0]
+    for i, theta in enumerate(thetas):
+        if (theta.alpha.shape, theta.domains, theta.scorers) != (first.alpha.shape, first.domains, first.scorers):
+            raise InputError(
+                f"parameters {i} have other domains or scorers than parameters 0; average those of one search"
+            )
     mean = {name: np.mean([getattr(t, name) for t in thetas], axis=0) for name in ("alpha", *_PER_DOMAIN)}
     if average == "unit":
-        mean["lam"] = np.exp(np.mean([np.log(t.lam) for t in thetas], axis=0))
+        with np.errstate(divide="ignore"):  # log 0 = -inf, and exp makes it 0 again
+            mean["lam"] = np.exp(np.mean([np.log(t.lam) for t in thetas], axis=0))
     mean["alpha"] /= mean["alpha"].sum(axis=1, keepdims=True)
     return Parameters(**mean, domains=first.domains, scorers=first.scorers)

@@ -29,7 +29,7 @@ def merge_quality(normalised: ArrayLike, domain_ids: ArrayLike, theta: Parameter
         InputError: a shape that does not fit θ, a domain id outside θ, or a value that is not finite.
     """
     scores = np.asarray(normalised)
-    ids = _domain_ids(domain_ids, theta.n_domains)
+    ids = require_domain_ids(domain_ids, theta.n_domains)
     if scores.ndim != 2 or scores.shape != (ids.size, theta.n_scorers):
         raise InputError(
             f"normalised: shape {scores.shape}; give one row for each of the {ids.size} documents and one column "
@@ -71,7 +71,7 @@ class RankMap:
         """The map of these documents; shapes and errors as in ``quality_rank``."""
         values = require_finite(np.asarray(merged, dtype=np.float64), "merged")
         weights = _tokens(tokens)
-        ids = _domain_ids(domain_ids, None)
+        ids = require_domain_ids(domain_ids)
         if not values.shape == ids.shape == weights.shape or values.ndim != 1:
             raise InputError(
                 f"merged {values.shape}, domain_ids {ids.shape} and tokens {weights.shape} must be one-dimensional "
@@ -105,12 +105,17 @@ class RankMap:
         """r̄ of documents: those of this map, or later ones, which get the rank their q̄ would have had here.
 
         Raises:
-            InputError: a domain of which the map has no document, or an unknown ``ties``.
+            InputError: shapes that differ, q̄ not finite, a domain of which the map has no document, or an unknown
+                ``ties``.
         """
         if ties not in ("paper", "mid"):
             raise InputError(f"ties={ties!r}; choose 'paper' or 'mid'")
         values = require_finite(np.asarray(merged, dtype=np.float64), "merged")
-        ids = _domain_ids(domain_ids, None)
+        ids = require_domain_ids(domain_ids)
+        if values.shape != ids.shape or values.ndim != 1:
+            raise InputError(
+                f"merged {values.shape} and domain_ids {ids.shape} must be one-dimensional and of one length"
+            )
         ranks = np.empty(values.size)
         for domain in np.unique(ids):
             low, high = np.searchsorted(self.domain_ids, [domain, domain + 1])
@@ -149,15 +154,20 @@ def require_finite(values: Array, name: str) -> Array:
     return values
 
 
-def _domain_ids(domain_ids: ArrayLike, n_domains: int | None) -> NDArray[np.int64]:
+def require_domain_ids(domain_ids: ArrayLike, n_domains: int | None = None) -> NDArray[np.int64]:
+    """``domain_ids`` as int64, or an error when they are not integers in [0, n_domains)."""
     ids = np.asarray(domain_ids)
     if ids.dtype.kind not in "iu" and ids.size:
         raise InputError(f"domain_ids: type {ids.dtype}; give integers, the domain's position in the parameters")
     ids = ids.astype(np.int64)
     outside = (ids < 0) | (ids >= n_domains) if n_domains is not None else ids < 0
     if outside.any():
-        limit = "" if n_domains is None else f"; the parameters have {n_domains} domains"
-        raise InputError(f"domain_ids: {int(outside.sum())} outside the range, first {ids[outside][0]}{limit}")
+        limit = (
+            "from 0" if n_domains is None else f"from 0 to {n_domains - 1}, as the parameters have {n_domains} domains"
+        )
+        raise InputError(
+            f"domain_ids: {int(outside.sum())} outside the range, first {ids[outside][0]}; give positions {limit}"
+        )
     return ids
 
 

@@ -7,10 +7,12 @@ package, so the core has no list of them.
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
 from quadmix_plugin.errors import RecipeError
 
@@ -35,7 +37,7 @@ def load(group: str, name: str, place: str = "") -> Any:
     found = _installed(group)
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; installed are {', '.join(sorted(found))}"
+        hint = f"; did you mean {near[0]!r}?" if near else f"; installed are {', '.join(sorted(found)) or 'none'}"
         raise RecipeError(f"{prefix}no plug-in {name!r} in {GROUPS[group]}{hint}")
     points = found[name]
     if len(points) > 1:
@@ -54,28 +56,41 @@ def create(group: str, name: str, options: Mapping[str, Any] | None = None, plac
     """An instance of a plug-in with these options.
 
     Raises:
-        RecipeError: as ``load``; an unknown option (with the nearest) or a value of the wrong type.
+        RecipeError: as ``load``; an unknown option (with the nearest), a value of the wrong type, or a plug-in that
+            is not a dataclass with options of plain types.
     """
     cls = load(group, name, place)
     prefix = f"{place}." if place else ""
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise RecipeError(
+            f"{prefix}{name}: {cls!r} is not a dataclass, so it has no options; ask its author to make it one"
+        )
+    given = dict(options or {})
+    known = [option.name for option in fields(cls) if option.init]
+    for key in given:  # pydantic ignores what a standard dataclass does not have
+        if key not in known:
+            raise RecipeError(f"{prefix}{_unknown_key(key, known)}")
     try:
-        return TypeAdapter(cls).validate_python(dict(options or {}))
+        return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
-        raise RecipeError(f"{prefix}{explain(error, list(TypeAdapter(cls).json_schema()['properties']))}") from error
+        raise RecipeError(f"{prefix}{explain(error, known)}") from error
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        raise RecipeError(
+            f"{prefix}{name}: the fields of {cls.__qualname__} cannot be read as options ({error.message}); annotate "
+            f"a field that is not an option as Any"
+        ) from error
 
 
 def explain(error: ValidationError, known: list[str]) -> str:
     """The first fault of a validation error as one line: where, what, the value, the remedy."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"]) or "options"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{where}: unknown key; " + (
-            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
-        )
+        return _unknown_key(where, known)
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: missing; give a value"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
 
 
 def describe() -> list[dict[str, str]]:
@@ -93,6 +108,12 @@ def describe() -> list[dict[str, str]]:
                 row = {"group": group, "name": name, "distribution": _distribution(point), "version": version}
                 rows.append({**row, "status": status})
     return rows
+
+
+def _unknown_key(where: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(where).rpartition(".")[2], known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
+    return f"{where}: unknown key; {remedy}"
 
 
 def _installed(group: str) -> dict[str, list[EntryPoint]]:

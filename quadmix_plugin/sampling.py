@@ -5,7 +5,7 @@ order, executor, worker count or a retry.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
-from quadmix_plugin.ranking import Ties, merge_quality, quality_rank
+from quadmix_plugin.ranking import Ties, merge_quality, quality_rank, require_domain_ids
 
 Array = NDArray[np.float64]
 DocIds = NDArray[np.integer] | Sequence[str] | Sequence[int] | pa.Array | pa.ChunkedArray
@@ -27,14 +27,15 @@ def sampling_value(rank: ArrayLike, domain_ids: ArrayLike, theta: Parameters) ->
     the window 1 + ε <= S <= 2^η + ε. The power is evaluated only there, since λ(r̄ − ω) reaches 1000.
 
     Raises:
-        InputError: a rank outside (0, 1], or lengths that differ.
+        InputError: a rank outside (0, 1], a domain id outside θ, or lengths that differ.
     """
     ranks = np.asarray(rank, dtype=np.float64)
-    ids = np.asarray(domain_ids)
+    ids = require_domain_ids(domain_ids, theta.n_domains)
     if ranks.shape != ids.shape or ranks.ndim != 1:
         raise InputError(f"rank {ranks.shape} and domain_ids {ids.shape} must be one-dimensional and of one length")
     if not ((ranks > 0) & (ranks <= 1)).all():
-        raise InputError("rank: values outside (0, 1]; give what quality_rank returns")
+        bad = ranks[~((ranks > 0) & (ranks <= 1))]
+        raise InputError(f"rank: {bad.size} outside (0, 1], first {bad[0]}; give what quality_rank returns")
     value = theta.epsilon[ids]
     inside = ranks <= theta.omega[ids]
     m = ids[inside]
@@ -48,11 +49,14 @@ def draw_copies(value: ArrayLike, doc_ids: DocIds, seed: int) -> NDArray[np.int3
     Shapes: ``value`` [n], ``doc_ids`` [n]. Returns int32 [n].
 
     Raises:
-        InputError: lengths that differ, or a value that is negative or not finite.
+        InputError: lengths that differ, or a value that is negative, not finite or too large for int32.
     """
     values = np.asarray(value, dtype=np.float64)
-    if not (np.isfinite(values) & (values >= 0)).all():
-        raise InputError("value: negative or not finite; give what sampling_value returns")
+    if (bad := ~((values >= 0) & (values < np.iinfo(np.int32).max))).any():
+        raise InputError(
+            f"value: {int(bad.sum())} are negative, not finite or above int32, first {values[bad].flat[0]}; give what "
+            f"sampling_value returns"
+        )
     u = uniform(doc_ids, seed)
     if u.shape != values.shape:
         raise InputError(f"value {values.shape} and doc_ids {u.shape} must be of one length")
@@ -102,15 +106,17 @@ def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
     integers = _integer_ids(doc_ids)
     if integers is not None:
         with np.errstate(over="ignore"):
-            z = integers + np.uint64((seed * _SEED_STRIDE + _GOLDEN) & _MASK)
+            z = integers + np.uint64((int(seed) * _SEED_STRIDE + _GOLDEN) & _MASK)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             return z ^ (z >> np.uint64(31))
     import xxhash
 
-    ids = doc_ids.to_pylist() if isinstance(doc_ids, pa.Array | pa.ChunkedArray) else doc_ids
+    ids: Any = doc_ids
+    if isinstance(ids, pa.Array | pa.ChunkedArray):
+        ids = ids.to_pylist()
     try:
-        digests = [xxhash.xxh64_intdigest(i.encode(), seed & _MASK) for i in ids]  # type: ignore[union-attr]
+        digests = [xxhash.xxh64_intdigest(i.encode(), int(seed) & _MASK) for i in ids]
     except (AttributeError, UnicodeEncodeError) as error:
         bad = next(i for i in ids if not isinstance(i, str) or not _is_utf8(i))
         raise InputError(f"doc_id {bad!r}: give all ids as integers or all as strings of valid Unicode") from error
@@ -119,16 +125,18 @@ def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
 
 def uniform(doc_ids: DocIds, seed: int = 0) -> Array:
     """u = hash64(doc_id, seed) / 2^64 as float64 in [0, 1), from the upper 53 bits."""
-    return (hash64(doc_ids, seed) >> np.uint64(11)) * 2.0**-53
+    return (hash64(doc_ids, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _integer_ids(doc_ids: DocIds) -> NDArray[np.uint64] | None:
+def _integer_ids(doc_ids: Any) -> NDArray[np.uint64] | None:
     if isinstance(doc_ids, pa.Array | pa.ChunkedArray):
         if doc_ids.null_count:
             raise InputError(f"doc_id: {doc_ids.null_count} missing; every document needs an id")
         if not pa.types.is_integer(doc_ids.type):
             return None
         doc_ids = doc_ids.to_numpy()
+    elif isinstance(next(iter(doc_ids), None), str):
+        return None  # and no fixed-width array of strings, whose size is that of the longest id
     array = np.asarray(doc_ids)
     if array.size == 0:
         return array.astype(np.uint64)

@@ -7,7 +7,6 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
@@ -48,13 +47,17 @@ class ScoreTable:
         """Reads the columns of ``labels/``.
 
         Raises:
-            InputError: a missing column or value, a score that is not finite, a token count that is not positive,
-                duplicate ids, or a domain that is not among ``domains``.
+            InputError: a missing column or value, a column of another type, a score that is not finite, a token
+                count that is not positive, duplicate ids, or a domain that is not among ``domains``.
         """
         columns = [DOC_ID, DOMAIN, TOKENS, *(score_column(s) for s in scorers)]
         missing = [name for name in columns if name not in labels.column_names]
         if missing:
-            raise InputError(f"labels: no column {', '.join(missing)}; found {', '.join(labels.column_names)}")
+            raise InputError(
+                f"labels: no column {', '.join(missing)}; found {', '.join(labels.column_names)}; label the corpus "
+                f"with these scorers"
+            )
+        _require_types(labels, columns)
         for name in columns:
             if nulls := labels[name].null_count:
                 raise InputError(f"labels: column {name!r} is missing in {nulls} rows; label the corpus again")
@@ -68,7 +71,8 @@ class ScoreTable:
         unknown = sorted(set(domain.unique()) - set(names))
         if unknown:
             raise InputError(
-                f"labels: domains {', '.join(unknown[:5])} are not among those of the parameters ({', '.join(names)})"
+                f"labels: domains {', '.join(unknown[:5])} are not among those of the parameters ({', '.join(names)}); "
+                f"use parameters that were searched on this corpus"
             )
         tokens = labels[TOKENS].to_numpy()
         if (bad := tokens <= 0).any():
@@ -98,13 +102,29 @@ class ScoreTable:
         return sums
 
 
+def _require_types(labels: pa.Table, columns: Sequence[str]) -> None:
+    number = (pa.types.is_integer, pa.types.is_floating)
+    allowed = {DOC_ID: (pa.types.is_integer, _is_string), TOKENS: (pa.types.is_integer,), DOMAIN: ()}
+    for name in columns:
+        tests = allowed.get(name, number)
+        kind = labels.schema.field(name).type
+        if tests and not pa.types.is_null(kind) and not any(test(kind) for test in tests):
+            wanted = {DOC_ID: "integers or strings", TOKENS: "integers"}.get(name, "numbers")
+            raise InputError(f"labels: column {name!r} is of type {kind}; give {wanted}")
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def require_unique(doc_ids: pa.Array | pa.ChunkedArray) -> None:
     """Raises InputError with five examples when an id occurs more than once."""
-    counts = pc.value_counts(doc_ids)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        examples = [str(value) for value in repeated.field("values")[:5].to_pylist()]
+    counts = doc_ids.value_counts()
+    times = counts.field("counts").to_numpy()
+    if repeated := int((times > 1).sum()):
+        first = counts.field("values").take(pa.array(np.flatnonzero(times > 1)[:5]))
+        examples = [str(value) for value in first.to_pylist()]
         raise InputError(
-            f"doc_id: {len(repeated)} ids occur more than once, such as {', '.join(examples)}; every document needs "
+            f"doc_id: {repeated} ids occur more than once, such as {', '.join(examples)}; every document needs "
             f"its own id (remove duplicates, or leave corpus.id out of the recipe and ids are made)"
         )

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from quadmix_plugin.errors import QuadmixError, RunLockedError, StorageError
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,14 @@ class Step:
     def _manifest(self) -> Path:
         return self.root / "manifest" / self.name
 
+    def _entry_path(self, relative: str) -> Path:
+        # '%' is in no artifact name, so no two artifacts share an entry.
+        return self._manifest / f"{relative.replace('/', '%')}.json"
+
     def path(self, relative: str) -> Path:
-        """Where an artifact of this name lies; refuses a name that leaves the run directory."""
+        """Where an artifact of this name lies; refuses a name that leaves the run directory or is the store's own."""
         parts = relative.split("/")
-        if not all(_NAME.fullmatch(part) and set(part) != {"."} for part in parts):
+        if not all(_NAME.fullmatch(part) for part in parts) or parts[0] in ("manifest", "_SUCCESS"):
             raise StorageError(f"{relative!r}: not an artifact name; use letters, digits, '.', '_' and '-'")
         return self.root.joinpath(*parts)
 
@@ -67,9 +71,12 @@ class Step:
         with contextlib.ExitStack() as stack:
             finals = [self.path(name) for name in relative]
             yield tuple(stack.enter_context(atomic_path(final)) for final in finals)
+            # An older entry must not outlive the bytes it vouches for, not even between the rename and the new entry.
+            for name in relative:
+                self._entry_path(name).unlink(missing_ok=True)
         for name, final in zip(relative, finals, strict=True):
             entry = Entry(name, final.stat().st_size, sha256_file(final), self.key, facts)
-            write_json(self._manifest / f"{_entry_name(name)}.json", asdict(entry))
+            write_json(self._entry_path(name), asdict(entry))
 
     def write_table(self, relative: str, table: pa.Table, **facts: Any) -> None:
         """Commits a Parquet file with page checksums."""
@@ -90,16 +97,15 @@ class Step:
 
     def entry(self, relative: str) -> Entry | None:
         """The artifact's entry, or None when it is absent, incomplete, or made with another key."""
-        entry = _read_entry(self._manifest / f"{_entry_name(relative)}.json")
-        if entry is None or entry.key != self.key:
-            return None
         path = self.path(relative)
+        entry = _read_entry(self._entry_path(relative))
+        if entry is None or entry.key != self.key or entry.path != relative:
+            return None
         return entry if path.exists() and path.stat().st_size == entry.bytes else None
 
     def entries(self) -> list[Entry]:
         """All artifacts of this step and key, by name."""
-        found = (_read_entry(path) for path in sorted(self._manifest.glob("*.json")) if path.name != "_SUCCESS.json")
-        names = sorted(entry.path for entry in found if entry is not None)
+        names = sorted(path.name.removesuffix(".json").replace("%", "/") for path in _entry_paths(self._manifest))
         return [entry for name in names if (entry := self.entry(name)) is not None]
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
@@ -110,8 +116,13 @@ class Step:
         """
         path = self.read_path(relative)
         try:
-            return pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
-        except (pa.ArrowInvalid, OSError) as error:
+            return pq.read_table(
+                path,
+                columns=columns,
+                page_checksum_verification=True,
+                partitioning=None,  # pyright: ignore[reportArgumentType] # else '/data/run=1/' makes a column 'run'
+            )
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise QuadmixError(f"{path}: damaged ({error}); delete it and run the step {self.name!r} again") from error
 
     def read_json(self, relative: str) -> Any:
@@ -133,22 +144,15 @@ class Step:
     def finish(self, **facts: Any) -> None:
         """Marks the step as complete; ``facts`` are its summary (row counts, seconds)."""
         entries = self.entries()
-        digest = hashlib.sha256("".join(f"{e.path}\0{e.sha256}\n" for e in entries).encode()).hexdigest()
-        content = {
-            "step": self.name,
-            "key": self.key,
-            "artifacts": len(entries),
-            "sha256": digest,
-            "facts": facts,
-        }
-        write_json(self._manifest / "_SUCCESS.json", content)
+        content = {"step": self.name, "key": self.key, "artifacts": len(entries), "facts": facts}
+        write_json(self._manifest / "_SUCCESS.json", {**content, "sha256": _step_digest(content, entries)})
 
     def summary(self) -> dict[str, Any] | None:
         """What ``finish`` was told, or None while the step is not complete or an artifact is missing."""
         content = _read_json(self._manifest / "_SUCCESS.json")
         if content is None or content.get("key") != self.key or content.get("artifacts") != len(self.entries()):
             return None
-        return content["facts"]
+        return content.get("facts")
 
     @property
     def is_done(self) -> bool:
@@ -172,7 +176,7 @@ class RunDirectory:
         path = Path(root).absolute()
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".probe.{uuid.uuid4().hex}"
+            probe = path / f".probe.{uuid.uuid4().hex}.tmp"
             probe.write_bytes(b"\0")
             probe.unlink()
         return cls(path)
@@ -186,6 +190,11 @@ class RunDirectory:
         folder = self.root / "manifest"
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
 
+    def recorded_keys(self, name: str) -> set[str]:
+        """The keys with which artifacts of a step were made."""
+        found = (_read_json(path) for path in (self.root / "manifest" / name).glob("*.json"))
+        return {content["key"] for content in found if content is not None and "key" in content}
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run directory for this process.
@@ -196,12 +205,17 @@ class RunDirectory:
         holder = self.root / ".lock.holder"
         lock = FileLock(self.root / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with storage_errors(self.root / ".lock"):
+                lock.acquire()
         except Timeout as error:
-            who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+            try:
+                who = holder.read_text(encoding="utf-8").strip() or "another process"
+            except FileNotFoundError:  # released, or not yet written
+                who = "another process"
             raise RunLockedError(f"{self.root}: in use by {who}; wait for it or give another --out") from error
         try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            with storage_errors(holder):
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -219,29 +233,42 @@ class RunDirectory:
         checked, faults = 0, []
         for name in self.step_names():
             manifest = self.root / "manifest" / name
-            digests = []
-            for path in sorted(manifest.glob("*.json")):
-                if path.name == "_SUCCESS.json":
-                    continue
+            entries = []
+            for path in _entry_paths(manifest):
                 checked += 1
                 entry = _read_entry(path)
                 if entry is None:
                     faults.append(f"{path.relative_to(self.root)}: manifest entry is not readable")
                     continue
-                fault = _verify_entry(self.root, entry)
+                entries.append(entry)
+                fault = _verify_entry(self.step(name, entry.key), entry, path)
                 faults += [fault] if fault else []
-                digests.append(f"{entry.path}\0{entry.sha256}\n")
             success = manifest / "_SUCCESS.json"
-            if success.exists():
-                content = _read_json(success)
-                digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
-                if content is None or content.get("sha256") != digest:
-                    faults.append(f"{success.relative_to(self.root)}: does not match the entries beside it")
+            if success.exists() and not _success_matches(_read_json(success), entries):
+                faults.append(f"{success.relative_to(self.root)}: does not match the entries beside it")
         return checked, faults
 
 
-def _verify_entry(root: Path, entry: Entry) -> str | None:
-    path = root / entry.path
+def _step_digest(content: dict[str, Any], entries: list[Entry]) -> str:
+    ordered = sorted((asdict(entry) for entry in entries), key=lambda entry: entry["path"])
+    return content_key(content, ordered)
+
+
+def _success_matches(content: dict[str, Any] | None, entries: list[Entry]) -> bool:
+    if content is None:
+        return False
+    said = {name: value for name, value in content.items() if name != "sha256"}
+    # Entries of another recipe may lie beside those of this one.
+    return content.get("sha256") == _step_digest(said, [e for e in entries if e.key == content.get("key")])
+
+
+def _verify_entry(step: Step, entry: Entry, entry_path: Path) -> str | None:
+    try:
+        path = step.path(entry.path)
+    except StorageError as error:
+        return f"{entry_path.name}: {error}"
+    if step._entry_path(entry.path) != entry_path:
+        return f"{entry_path.name}: describes {entry.path!r}"
     if not path.exists():
         return f"{entry.path}: missing"
     if path.stat().st_size != entry.bytes:
@@ -282,13 +309,23 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.ENOTDIR: "a part of this path is a file; give another --out",
         errno.EEXIST: "this is a file; give a folder as --out",
         errno.EFBIG: "the file would exceed the size limit; raise it or give another --out",
+        errno.EIO: "the disk reports a fault; check it, or give another --out",
+        errno.ENAMETOOLONG: "the name is too long for this file system; shorten it or give another --out",
     }
     try:
         yield
     except OSError as error:
-        if error.errno not in remedies:
+        if error.errno not in remedies or not _concerns(path, error):
             raise
         raise StorageError(f"{path}: {remedies[error.errno]}") from error
+
+
+def _concerns(path: Path, error: OSError) -> bool:
+    """Whether an error is about writing ``path``, and not about another file that was read meanwhile."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    named = Path(error.filename)
+    return named.parent == path.parent or named == path or named in path.parents
 
 
 def sha256_file(path: Path) -> str:
@@ -325,8 +362,8 @@ def _json_text(content: Any) -> str:
     return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _entry_name(relative: str) -> str:
-    return relative.replace("/", "__")
+def _entry_paths(manifest: Path) -> list[Path]:
+    return sorted(path for path in manifest.glob("*.json") if path.name != "_SUCCESS.json")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -340,6 +377,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _read_entry(path: Path) -> Entry | None:
     content = _read_json(path)
     try:
-        return None if content is None else Entry(**content)
+        entry = None if content is None else Entry(**content)
     except TypeError:
         return None
+    kinds = {"path": str, "bytes": int, "sha256": str, "key": str, "facts": dict}
+    return entry if entry and all(isinstance(getattr(entry, name), kind) for name, kind in kinds.items()) else None

@@ -88,7 +88,10 @@ class PrepareDocuments(ProcessingStage[DocumentBatch, DocumentBatch]):
         if ids is None:
             stem = shard_stem(source)
             ids = pa.array([f"{stem}:{row}" for row in range(table.num_rows)], pa.string())
-        ids_type = pa.int64() if pa.types.is_integer(ids.type) else pa.string()
+        is_integer = pa.types.is_integer(ids.type)
+        if not is_integer and not pa.types.is_string(ids.type) and not pa.types.is_large_string(ids.type):
+            raise InputError(f"{source}: column {self.id_field!r} is {ids.type}; ids must be integers or strings")
+        ids_type = pa.int64() if is_integer else pa.string()
         text = columns.pop(self.text_field).cast(pa.string())
         return pa.table({DOC_ID: ids.cast(ids_type), TEXT: text, **columns})
 

@@ -1,0 +1,239 @@
+"""A run in progress: the recipe, its directory, the executor, and what each step's artifacts are made from.
+
+A step's key is the hash of the recipe sections it reads, of the content of the files these name, and of the key
+of the step before it. Changing a key of the recipe therefore invalidates its own step and what follows, nothing
+before; executor settings are in no key, since they change no result.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+from nemo_curator.backends.base import BaseExecutor
+from numpy.typing import NDArray
+
+from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
+from quadmix_plugin.corpus import CorpusFile, list_files
+from quadmix_plugin.errors import QuadmixError, RecipeError
+from quadmix_plugin.normalisation import Normaliser
+from quadmix_plugin.schema import DOC_ID, DOMAIN, TOKENS, ScoreTable, score_column
+from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
+
+logger = logging.getLogger(__name__)
+
+STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "report")
+
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "label": ("tokenizer", "domain", "scorers"),
+    "normalise": ("normalise", "rank"),
+    "proxies": ("seed", "space", "validation", "proxy"),
+    "search": ("search",),
+    "select": ("select",),
+    "export": (),
+    "pretrain": ("pretrain",),
+    "report": ("name",),
+}
+
+OTHER_DOMAIN = "other"
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass
+class Run:
+    """Everything that the functions of ``pipelines`` share. Create it with ``open_run``."""
+
+    recipe: Recipe
+    directory: RunDirectory
+    make_executor: Callable[[], BaseExecutor]
+    progress: Progress = field(default=lambda stage, done, total: None)
+
+    @cached_property
+    def executor(self) -> BaseExecutor:
+        """Started on first use; ``close`` ends it."""
+        executor = self.make_executor()
+        if hasattr(executor, "on_progress"):
+            executor.on_progress = self.progress  # type: ignore[attr-defined]
+        return executor
+
+    def close(self) -> None:
+        """Ends the executor's processes, if any were started."""
+        if "executor" in self.__dict__ and hasattr(self.executor, "close"):
+            self.executor.close()  # type: ignore[attr-defined]
+            del self.__dict__["executor"]
+
+    @cached_property
+    def corpus_files(self) -> list[CorpusFile]:
+        """The corpus' files; raises InputError as ``list_files``."""
+        return list_files(self.recipe.corpus.path)
+
+    @cached_property
+    def validation_files(self) -> list[CorpusFile]:
+        """The validation files."""
+        return list_files(self.recipe.validation.path, "validation.path")
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """The key of every step."""
+        content = self.recipe.model_dump(mode="json")
+        corpus = {k: v for k, v in content["corpus"].items() if k != "path"}
+        files = [(file.name, file.bytes, file.version) for file in self.corpus_files]
+        keys, previous = {}, content_key(corpus, files)
+        for name in STEPS:
+            sections = {section: _fingerprint(content[section]) for section in _SECTIONS[name]}
+            previous = keys[name] = content_key(name, sections, previous)
+        return keys
+
+    def step(self, name: str) -> Step:
+        """A step with the key that this recipe gives it."""
+        return self.directory.step(name, self.keys[name])
+
+    def require(self, name: str) -> Step:
+        """A finished step.
+
+        Raises:
+            QuadmixError: it has not been run yet.
+        """
+        step = self.step(name)
+        if not step.is_done:
+            command = "label" if name == "normalise" else name
+            raise QuadmixError(f"{self.directory.root}: step {name!r} is not finished; run `quadmix {command}` first")
+        return step
+
+    def seed_for(self, purpose: str) -> int:
+        """A seed of its own for each use of randomness, so that no two draws share their uniforms."""
+        return xxhash.xxh64_intdigest(purpose, self.recipe.seed) >> 1
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The scorers' names, in the order of the recipe."""
+        return tuple(self.recipe.scorers)
+
+    @cached_property
+    def label_shards(self) -> list[str]:
+        """Names of the shards of ``labels/``, in order."""
+        found = [entry.path for entry in self.require("label").entries() if entry.path.endswith(".parquet")]
+        return [Path(path).stem for path in found]
+
+    @cached_property
+    def table(self) -> ScoreTable:
+        """The score table of the whole corpus, rows in the order of ``label_shards``; small domains folded."""
+        import pyarrow as pa
+
+        step = self.require("label")
+        columns = [DOC_ID, DOMAIN, TOKENS, *map(score_column, self.scorers)]
+        labels = pa.concat_tables(step.read_table(f"labels/{shard}.parquet", columns) for shard in self.label_shards)
+        return fold_small_domains(ScoreTable.from_labels(labels, self.scorers), self.recipe.rank.merge_small_domains)
+
+    @cached_property
+    def normaliser(self) -> Normaliser:
+        """σ as fitted on this corpus."""
+        return Normaliser.from_dict(self.require("normalise").read_json("normalise/normaliser.json"))
+
+    @cached_property
+    def normalised(self) -> NDArray[Any]:
+        """σ(q) of the whole corpus, float32 [n, N]."""
+        return self.normaliser.apply(self.table.scores)
+
+    @property
+    def other_domain(self) -> str | None:
+        """The domain that stands for folded ones, if this run folds any."""
+        return OTHER_DOMAIN if self.recipe.rank.merge_small_domains else None
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe,
+    out: str | Path,
+    make_executor: Callable[[], BaseExecutor] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Run]:
+    """Opens the run directory under its lock, refuses one that another recipe has begun, and ends the executor.
+
+    Raises:
+        StorageError: the directory cannot be written or is in use.
+        RecipeError: finished or begun steps there were made from other settings; lists the differing keys.
+    """
+    directory = RunDirectory.open(out)
+    with directory.lock():
+        if swept := directory.sweep():
+            logger.info("removed %d unfinished files of an interrupted run", swept)
+        run = Run(recipe, directory, make_executor or (lambda: executor_of(recipe)))
+        if progress is not None:
+            run.progress = progress
+        _refuse_other_recipe(run)
+        with atomic_path(directory.root / "recipe.yaml") as temporary:
+            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def executor_of(recipe: Recipe) -> BaseExecutor:
+    """The executor that the recipe names."""
+    from quadmix_plugin.executors import make_executor
+
+    section = recipe.executor
+    options: dict[str, Any] = {}
+    if section.name == "dask":
+        options = {"n_workers": section.workers, "address": section.address, "memory_limit": section.memory_limit}
+    return make_executor(section.name, options)
+
+
+def fold_small_domains(table: ScoreTable, fewest_tokens: int) -> ScoreTable:
+    """Documents of domains with fewer tokens than ``fewest_tokens`` get the domain ``other``."""
+    small = table.domain_tokens < fewest_tokens
+    if not small.any():
+        return table
+    import numpy as np
+
+    kept = [name for name, is_small in zip(table.domains, small, strict=True) if not is_small]
+    names = tuple(sorted({*kept, OTHER_DOMAIN}))
+    position = np.array([names.index(OTHER_DOMAIN if s else d) for d, s in zip(table.domains, small, strict=True)])
+    return ScoreTable(table.doc_ids, position[table.domain_ids], table.tokens, table.scores, names, table.scorers)
+
+
+def _fingerprint(value: Any) -> Any:
+    """A section with every existing path replaced by the hash of what lies there."""
+    if isinstance(value, dict):
+        return {key: _fingerprint(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_fingerprint(each) for each in value]
+    if not isinstance(value, str) or not value.startswith("/") or not Path(value).exists():
+        return value
+    path = Path(value)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path.parent)}\0{sha256_file(file)}\n".encode())
+    return {"sha256": digest.hexdigest()}
+
+
+def _refuse_other_recipe(run: Run) -> None:
+    stale = [name for name in STEPS if _has_other_key(run, name)]
+    if not stale:
+        return
+    recorded = run.directory.root / "recipe.yaml"
+    old = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
+    lines = [
+        line
+        for line in differing_keys(old or {}, run.recipe.model_dump(mode="json"))
+        if not line.startswith("executor.")
+    ]
+    what = "; ".join(lines) or "the files that the recipe names have changed since"
+    raise RecipeError(
+        f"{run.directory.root}: the step {stale[0]!r} there was made from other settings ({what}); give another --out, "
+        f"or delete {run.directory.root / 'manifest'}/{{{','.join(STEPS[STEPS.index(stale[0]) :])}}} to make it anew"
+    )
+
+
+def _has_other_key(run: Run, name: str) -> bool:
+    return any(key != run.keys[name] for key in run.directory.recorded_keys(name))

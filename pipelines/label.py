@@ -1,0 +1,115 @@
+"""Step 1: domain, quality scores and token count of every document, and σ fitted on them."""
+
+import logging
+import time
+
+from nemo_curator.pipeline import Pipeline
+from nemo_curator.stages.base import ProcessingStage
+from nemo_curator.stages.text.io.reader.jsonl import JsonlReaderStage
+from nemo_curator.stages.text.io.reader.parquet import ParquetReaderStage
+from nemo_curator.tasks import FileGroupTask
+
+from quadmix_plugin import registry
+from quadmix_plugin.config import scorer_plugin
+from quadmix_plugin.corpus import inspect
+from quadmix_plugin.errors import InputError, QuadmixError
+from quadmix_plugin.normalisation import Normaliser
+from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
+from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
+from quadmix_plugin.store import merge_counts
+
+logger = logging.getLogger(__name__)
+
+
+def label(run: Run) -> None:
+    """Writes ``labels/<shard>.parquet``: doc_id, domain, tokens and one raw column per scorer.
+
+    Raises:
+        InputError: as ``corpus.inspect``; models and plug-ins are checked before the corpus is read.
+    """
+    step = run.step("label")
+    if step.is_done:
+        return
+    started = time.monotonic()
+    recipe = run.recipe
+    stages = label_stages(run)
+    found = inspect(run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows)
+    columns = [DOC_ID, DOMAIN, TOKENS, *map(score_column, run.scorers)]
+    run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], "labels", step)
+    totals = merge_counts(entry.facts for entry in step.entries())
+    if totals["rows_in"] != found.documents:
+        raise QuadmixError(
+            f"label: {totals['rows_in']} rows were labelled, the corpus has {found.documents}; it changed while it was "
+            f"read, so run again into another --out"
+        )
+    if not totals["rows_kept"]:
+        raise InputError(f"{run.corpus_files[0].path}: no usable document; dropped {totals['dropped']}")
+    step.finish(**totals, seconds=round(time.monotonic() - started, 2), files=len(run.corpus_files))
+
+
+def normalise(run: Run) -> None:
+    """Fits σ on the labels and writes ``normalise/normaliser.json``."""
+    step = run.step("normalise")
+    if step.is_done:
+        return
+    started = time.monotonic()
+    directions = {}
+    for name, options in run.recipe.scorers.items():
+        plugin, rest = scorer_plugin(name, options)
+        directions[name] = registry.create("scorers", plugin, rest, f"scorers.{name}").higher_is_better
+    normaliser = Normaliser.fit(run.table, directions, run.recipe.normalise.method)
+    step.write_json("normalise/normaliser.json", normaliser.to_dict())
+    rows = run.table.n
+    step.finish(rows_in=rows, rows_kept=rows, dropped={}, seconds=round(time.monotonic() - started, 2))
+
+
+def label_stages(run: Run) -> list[ProcessingStage]:
+    """The labelling stages of the recipe, in order; they can be added to any Curator pipeline."""
+    recipe, device = run.recipe, run.recipe.executor.device
+    options = {key: value for key, value in recipe.domain.model_dump().items() if key != "classifier"}
+    stages: list[ProcessingStage] = [
+        DomainClassify(classifier=recipe.domain.classifier, options=options, device=device)
+    ]
+    for name, given in recipe.scorers.items():
+        plugin, rest = scorer_plugin(name, given)
+        stages.append(QualityScore(scorer=plugin, options=rest, column=score_column(name), device=device))
+    stages.append(CountTokens(tokenizer=recipe.tokenizer.model, revision=recipe.tokenizer.revision))
+    return stages
+
+
+def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, step) -> list:
+    """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not yet written."""
+    suffixes = (".parquet", ".bin")
+    done = frozenset(
+        entry.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+        for entry in step.entries()
+        if entry.path.startswith(f"{folder}/") and entry.path.endswith(suffixes)
+    )
+    corpus = run.recipe.corpus
+    keep = sorted({stage.reads for stage in stages if getattr(stage, "reads", None)} - {TEXT, DOC_ID})
+    prepare = PrepareDocuments(
+        id_field=corpus.id,
+        text_field=corpus.text,
+        keep=keep,
+        documents_per_shard=corpus.documents_per_shard,
+        invalid_rows=corpus.invalid_rows,
+        done=done,
+    )
+    results = []
+    for parquet in (True, False):
+        files = [file for file in run.corpus_files if file.is_parquet is parquet]
+        if not files:
+            continue
+        tasks = [
+            FileGroupTask(
+                dataset_name=run.recipe.name,
+                data=[file.path],
+                _metadata={"source_files": [file.path], "source_name": file.name},
+            )
+            for file in files
+        ]
+        reader = ParquetReaderStage if parquet else JsonlReaderStage
+        pipeline = Pipeline(name=step.name, stages=[reader(fields=prepare.inputs()[1]), prepare, *stages])
+        results += pipeline.run(run.executor, initial_tasks=tasks) or []
+    return results

@@ -1,0 +1,60 @@
+"""The whole run: its steps in order, each skipped when its artifacts are already there."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from quadmix_plugin.errors import UsageError
+from quadmix_plugin.pipelines.context import STEPS, Run
+from quadmix_plugin.pipelines.provenance import write_provenance
+
+logger = logging.getLogger(__name__)
+
+_MODULE = {name: name for name in STEPS} | {"normalise": "label"}
+
+
+def steps_until(last: str | None) -> tuple[str, ...]:
+    """All steps up to and with ``last``; None for all of them.
+
+    Raises:
+        UsageError: no such step.
+    """
+    if last is None:
+        return STEPS
+    if last not in STEPS:
+        raise UsageError(f"--until {last}: no such step; choose one of {', '.join(STEPS)}")
+    end = STEPS.index("normalise" if last == "label" else last)
+    return STEPS[: end + 1]
+
+
+def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
+    """Runs these steps and returns what the command line prints: seconds per step, headlines, the report's path."""
+    seconds, was_done = {}, {}
+    for name in steps:
+        started = time.monotonic()
+        was_done[name] = name != "report" and run.step(name).is_done
+        if not was_done[name]:
+            run.progress(name, 0, None)
+        step_function(name)(run)
+        seconds[name] = round(time.monotonic() - started, 2)
+    write_provenance(run)
+    headlines = [_headline(run, name, was_done[name], seconds[name]) for name in steps]
+    report = run.directory.root / "report.html"
+    return {"seconds": seconds, "headlines": headlines, "report": str(report) if "report" in steps else None}
+
+
+def step_function(name: str) -> Callable[[Run], None]:
+    """The function of a step; its module is imported only when it runs."""
+    return getattr(import_module(f"quadmix_plugin.pipelines.{_MODULE[name]}"), name)
+
+
+def _headline(run: Run, name: str, was_done: bool, seconds: float) -> str:
+    facts = run.step(name).summary() or {}
+    text = facts.get("headline")
+    if text is None and "rows_in" in facts:
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in facts["dropped"].items())
+        text = f"{facts['rows_kept']:,} of {facts['rows_in']:,} documents" + (f" ({dropped})" if dropped else "")
+    state = "already done" if was_done else f"{seconds:.1f} s"
+    return f"{name:<10} {state:>12}  {text or ''}".rstrip()

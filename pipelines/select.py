@@ -1,0 +1,193 @@
+"""Step 4: the selection under θ*, and the selections it is compared with, at the same budget of unique tokens."""
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from nemo_curator.pipeline import Pipeline
+from nemo_curator.tasks import DocumentBatch
+from numpy.typing import NDArray
+
+from quadmix_plugin import registry
+from quadmix_plugin.budget import scale_to_budget
+from quadmix_plugin.config import scorer_plugin
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.ranking import RankMap, merge_quality, quality_rank
+from quadmix_plugin.schema import (
+    COPIES,
+    DOC_ID,
+    DOMAIN,
+    MERGED_QUALITY,
+    QUALITY_RANK,
+    SAMPLING_VALUE,
+    TOKENS,
+    ScoreTable,
+    score_column,
+)
+from quadmix_plugin.stages import FitRank, MergeRank, ReadShards, SigmoidSample, WriteShards
+from quadmix_plugin.stages.merge_rank import load_theta
+from quadmix_plugin.stages.shards import shard_tasks
+from quadmix_plugin.store import Step, merge_counts
+
+logger = logging.getLogger(__name__)
+
+QUADMIX = "quadmix"
+
+_COLUMNS = [DOC_ID, COPIES, DOMAIN, TOKENS, MERGED_QUALITY, QUALITY_RANK, SAMPLING_VALUE]
+
+
+def select(run: Run) -> None:
+    """Writes ``selection/<shard>.parquet``, ``selection/baselines.parquet`` and ``selection/summary.json``.
+
+    Raises:
+        InputError: parameters of other domains or scorers, a budget out of reach, or an empty selection.
+    """
+    step = run.step("select")
+    if step.is_done:
+        return
+    started = time.monotonic()
+    theta, scaling = _theta(run)
+    step.write_json("selection/theta.json", theta.to_dict())
+    step.write_table("selection/rank_map.parquet", _fit_rank(run, theta).to_table())
+    _sample(run, step, theta)
+    totals = merge_counts(e.facts for e in step.entries() if "rows_in" in e.facts)
+    copies = {QUADMIX: selected_copies(run)}
+    if not copies[QUADMIX].any():
+        raise InputError(
+            "select: no document is selected; the best document of every domain exceeds its ω (widen space.omega_max, "
+            "set rank.ties: mid, or merge small domains)"
+        )
+    copies |= _baselines(run, int(run.table.tokens[copies[QUADMIX] > 0].sum()))
+    step.write_table("selection/baselines.parquet", _baseline_table(run.table, copies))
+    step.write_json("selection/summary.json", {"scaling": scaling, "selectors": _summary(run, copies)})
+    step.finish(**totals, seconds=round(time.monotonic() - started, 2))
+
+
+def selected_copies(run: Run) -> NDArray[np.int32]:
+    """The copies of θ*'s selection, one number per row of ``run.table``."""
+    step = run.step("select")
+    parts = [step.read_table(f"selection/{shard}.parquet", [DOC_ID, COPIES]) for shard in run.label_shards]
+    return copies_by_row(run.table, pa.concat_tables(parts))
+
+
+def baseline_copies(run: Run) -> dict[str, NDArray[np.int32]]:
+    """The copies of every compared selection, rows as in ``run.table``."""
+    table = run.require("select").read_table("selection/baselines.parquet")
+    names = table["selector"].to_pandas().to_numpy()
+    return {name: copies_by_row(run.table, table.filter(pa.array(names == name))) for name in run.recipe.select.compare}
+
+
+def copies_by_row(table: ScoreTable, selection: pa.Table) -> NDArray[np.int32]:
+    """Copies [n] in the order of ``table`` from a table of doc_id and copies; absent documents have none."""
+    import pyarrow.compute as pc
+
+    where = pc.index_in(selection[DOC_ID].combine_chunks(), value_set=table.doc_ids).to_numpy(zero_copy_only=False)
+    copies = np.zeros(table.n, dtype=np.int32)
+    copies[where.astype(np.int64)] = selection[COPIES].to_numpy()
+    return copies
+
+
+def _theta(run: Run) -> tuple[Parameters, dict[str, Any] | None]:
+    path = run.recipe.select.theta
+    theta = load_theta(path) if path else Parameters.from_dict(run.require("search").read_json("search/theta.json"))
+    table = run.table
+    if theta.scorers != table.scorers:
+        raise InputError(
+            f"{path or 'search/theta.json'}: made for the scorers {', '.join(theta.scorers)}; this recipe has "
+            f"{', '.join(table.scorers)}"
+        )
+    if absent := sorted(set(theta.domains) - set(table.domains)):
+        raise InputError(
+            f"{path or 'search/theta.json'}: domains {', '.join(absent[:5])} are in the parameters but not in the "
+            f"corpus; give parameters of this corpus, or label it with the classifier they were made with"
+        )
+    if unknown := sorted(set(table.domains) - set(theta.domains)):
+        raise InputError(
+            f"{path or 'search/theta.json'}: domains {', '.join(unknown[:5])} of the corpus are not in the parameters; "
+            f"give parameters of this corpus"
+        )
+    target = run.recipe.select.target_tokens
+    if target is None:
+        return theta, None
+    rank = quality_rank(
+        merge_quality(run.normalised, table.domain_ids, theta), table.domain_ids, table.tokens, run.recipe.rank.ties
+    )
+    budget = scale_to_budget(theta, rank, table.domain_ids, table.tokens, target)
+    facts = {"target_tokens": target, "factor": budget.factor, "expected_tokens": budget.expected_tokens}
+    return budget.theta, facts
+
+
+def _fit_rank(run: Run, theta: Parameters) -> RankMap:
+    label = run.require("label")
+    stages = [
+        ReadShards(step=label, folder="labels", columns=[DOMAIN, TOKENS, *map(score_column, run.scorers)]),
+        FitRank(theta=theta, normaliser=run.normaliser, other_domain=run.other_domain),
+    ]
+    states = Pipeline("fit_rank", stages=stages).run(run.executor, initial_tasks=shard_tasks(run.label_shards))
+    return RankMap.merge(
+        RankMap.from_table(state.to_pyarrow()) for state in states or [] if isinstance(state, DocumentBatch)
+    )
+
+
+def _sample(run: Run, step: Step, theta: Parameters) -> None:
+    todo = [shard for shard in run.label_shards if step.entry(f"selection/{shard}.parquet") is None]
+    if not todo:
+        return
+    other = run.other_domain
+    stages = [
+        ReadShards(step=run.require("label"), folder="labels"),
+        MergeRank(
+            theta=theta,
+            normaliser=run.normaliser,
+            rank_map=RankMap.from_table(step.read_table("selection/rank_map.parquet")),
+            ties=run.recipe.rank.ties,
+            other_domain=other,
+        ),
+        SigmoidSample(theta=theta, seed=run.seed_for("draw"), other_domain=other),
+        WriteShards(step=step, folder="selection", columns=_COLUMNS),
+    ]
+    Pipeline("select", stages=stages).run(run.executor, initial_tasks=shard_tasks(todo))
+
+
+def _baselines(run: Run, budget_tokens: int) -> dict[str, NDArray[np.int32]]:
+    chosen = {}
+    for name, given in run.recipe.select.compare.items():
+        plugin, options = scorer_plugin(name, given)
+        selector = registry.create("selectors", plugin, options, f"select.compare.{name}")
+        chosen[name] = selector.select(run.table, run.normalised, budget_tokens, run.seed_for(f"select.{name}"))
+    return chosen
+
+
+def _baseline_table(table: ScoreTable, copies: dict[str, NDArray[np.int32]]) -> pa.Table:
+    parts = []
+    for name, chosen in copies.items():
+        if name == QUADMIX:
+            continue
+        rows = np.flatnonzero(chosen)
+        ids = table.doc_ids.take(pa.array(rows))
+        parts.append(pa.table({"selector": pa.array([name] * rows.size), DOC_ID: ids, COPIES: chosen[rows]}))
+    schema = pa.schema([("selector", pa.string()), (DOC_ID, table.doc_ids.type), (COPIES, pa.int32())])
+    return pa.concat_tables(parts) if parts else schema.empty_table()
+
+
+def _summary(run: Run, copies: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
+    table, quadmix = run.table, copies[QUADMIX] > 0
+    summary = {}
+    for name, chosen in copies.items():
+        taken = chosen > 0
+        union = int(table.tokens[taken | quadmix].sum())
+        tokens = table.tokens * chosen
+        by_domain = np.bincount(table.domain_ids, weights=tokens, minlength=len(table.domains))
+        summary[name] = {
+            "documents": int(taken.sum()),
+            "copies": int(chosen.sum()),
+            "unique_tokens": int(table.tokens[taken].sum()),
+            "tokens": int(tokens.sum()),
+            "domain_tokens": dict(zip(table.domains, by_domain.astype(int).tolist(), strict=True)),
+            "overlap_with_quadmix": int(table.tokens[taken & quadmix].sum()) / union if union else 0.0,
+        }
+    return summary

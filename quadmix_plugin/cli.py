@@ -1,0 +1,301 @@
+"""The command line ``quadmix``: a thin layer over ``pipelines`` that prints, draws progress and sets exit codes.
+
+Exit codes: 0 done, 1 failed, 2 usage, 74 storage, 78 recipe error, 130 and 143 interrupted.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from quadmix_plugin.errors import QuadmixError
+
+app = typer.Typer(
+    name="quadmix",
+    help="Quality-diversity balanced data selection for language model pretraining (QuaDMix, arXiv 2504.16511).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_stdout = Console(soft_wrap=True)
+_stderr = Console(stderr=True, soft_wrap=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/NAME.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Sets a recipe key, such as proxy.number=64.")
+]
+ExecutorName = Annotated[
+    str | None, typer.Option("--executor", help="inline, dask, ray_data or xenna; default as in the recipe.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints one JSON object on stdout and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Logs of the libraries as well.")]
+
+
+def main() -> None:
+    """Entry point of the console script: runs a command and turns errors into one line and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app()
+    except QuadmixError as error:
+        _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130, as_json)
+    except _TerminatedError:
+        _fail("terminated; run the same command again to go on", 143, as_json)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, as an exception so that clean-up runs."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _TerminatedError
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": code}))
+    else:
+        _stderr.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+@app.command(rich_help_panel="Whole run")
+def run(
+    recipe: RecipePath,
+    out: Out = None,
+    set_: Overrides = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stops after this step.")] = None,
+    executor: ExecutorName = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Runs every step of a recipe, from text to a chosen data set; what is already there is not done again."""
+    _quiet(verbose)
+    from quadmix_plugin.pipelines.run import run_steps, steps_until
+
+    _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps_until(until)))
+
+
+def _step_command(name: str, steps: tuple[str, ...], text: str) -> None:
+    def command(
+        recipe: RecipePath,
+        out: Out = None,
+        set_: Overrides = None,
+        executor: ExecutorName = None,
+        as_json: AsJson = False,
+        verbose: Verbose = False,
+    ) -> None:
+        _quiet(verbose)
+        from quadmix_plugin.pipelines.run import run_steps
+
+        _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps))
+
+    command.__doc__ = text
+    app.command(name, rich_help_panel="One step of it")(command)
+
+
+_step_command("label", ("label", "normalise"), "Labels every document: domain, quality scores, tokens; and fits σ.")
+_step_command("proxies", ("proxies",), "Trains proxy models on selections under drawn parameters.")
+_step_command("search", ("search",), "Fits a regressor from parameters to losses and finds θ*.")
+_step_command("select", ("select",), "Draws the selection under θ*, and those it is compared with.")
+_step_command("export", ("export",), "Writes the selected documents as Megatron .bin/.idx.")
+_step_command("pretrain", ("pretrain",), "Trains the same model on each selection and compares them.")
+_step_command("report", ("report",), "Writes report.html over what is there.")
+
+
+@app.command(rich_help_panel="Around a run")
+def plan(
+    recipe: RecipePath,
+    out: Out = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Says what would run: documents, tokens, parameters, compute, disk, and what is already done."""
+    _quiet(verbose)
+    from quadmix_plugin.pipelines.plan import make_plan
+
+    loaded = _load(recipe, set_, None)
+    made = make_plan(loaded, _out(loaded.name, out))
+    if as_json:
+        print(json.dumps(made))
+        return
+    _stdout.print(f"[bold]{escape(loaded.name)}[/] → {escape(made['out'])}")
+    for name, value in made["quantities"].items():
+        _stdout.print(f"  {escape(name)}: {escape(str(value))}", highlight=False)
+    table = Table("step", "state", "work")
+    for row in made["steps"]:
+        table.add_row(row["step"], row["state"], escape(row["work"]))
+    _stdout.print(table)
+
+
+@app.command(rich_help_panel="Around a run")
+def verify(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")], as_json: AsJson = False
+) -> None:
+    """Re-reads every artifact of a run against its manifest; exit code 1 with the list of what is wrong."""
+    from quadmix_plugin.errors import UsageError
+    from quadmix_plugin.store import RunDirectory
+
+    if not (run_dir / "manifest").is_dir():
+        raise UsageError(f"{run_dir}: not a run directory (no manifest/ in it); give the --out of a run")
+    checked, faults = RunDirectory(run_dir.absolute()).verify()
+    if as_json:
+        print(json.dumps({"checked": checked, "faults": faults}))
+    else:
+        for fault in faults:
+            _stdout.print(fault, markup=False, highlight=False)
+        _stdout.print(f"{checked} artifacts read, {len(faults)} wrong")
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command(rich_help_panel="Around a run")
+def plugins(as_json: AsJson = False) -> None:
+    """Lists what is installed in each entry-point group, and whether it loads."""
+    from quadmix_plugin import registry
+
+    rows = registry.describe()
+    if as_json:
+        print(json.dumps({"plugins": rows}))
+        return
+    table = Table("group", "name", "distribution", "version", "loads")
+    for row in rows:
+        table.add_row(*(escape(row[key]) for key in ("group", "name", "distribution", "version", "status")))
+    _stdout.print(table)
+
+
+@app.command(rich_help_panel="Around a run")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write recipe.yaml into.")],
+    corpus: Annotated[str | None, typer.Option(help="Your documents; their columns are looked up.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Your questions and answers.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Folder with tokenizer/, domain/ and the scorers' folders.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a commented starter recipe for your own data."""
+    from quadmix_plugin.pipelines.init import write_starter
+
+    path, notes = write_starter(folder, corpus, validation, models)
+    if as_json:
+        print(json.dumps({"recipe": str(path), "notes": notes}))
+        return
+    _stdout.print(f"wrote {escape(str(path))}")
+    for note in notes:
+        _stdout.print(f"  {note}", markup=False)
+    _stdout.print(f"next: quadmix plan {escape(str(path))}, then quadmix run {escape(str(path))}")
+
+
+def _run_steps(
+    recipe: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    executor: str | None,
+    as_json: bool,
+    work: Callable[[Any], dict[str, Any]],
+) -> None:
+    from quadmix_plugin.pipelines.context import open_run
+
+    loaded = _load(recipe, overrides, executor)
+    folder = _out(loaded.name, out)
+    with _progress(as_json) as progress, open_run(loaded, folder, progress=progress) as opened:
+        summary = work(opened)
+    if as_json:
+        print(json.dumps({"out": str(folder), **summary}))
+        return
+    for line in summary["headlines"]:
+        _stdout.print(line, markup=False, highlight=False)
+    if summary.get("report"):
+        _stdout.print(f"report: {summary['report']}", markup=False)
+
+
+def _load(recipe: Path, overrides: list[str] | None, executor: str | None) -> Any:
+    from quadmix_plugin.config import load_recipe
+
+    return load_recipe(recipe, [*(overrides or []), *([f"executor.name={executor}"] if executor else [])])
+
+
+def _out(name: str, out: Path | None) -> Path:
+    return (out or Path("runs") / name).absolute()
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Progress of the stages with time left, on stderr; without a terminal one line when a stage ends."""
+    if as_json:
+        yield lambda stage, done, total: None
+        return
+    if not _stderr.is_terminal:
+        yield _print_when_done
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _print_when_done(stage: str, done: int, total: int | None) -> None:
+    if total is not None and done >= total:
+        _stderr.print(f"{stage}: {done} done", markup=False, highlight=False)
+
+
+def _quiet(verbose: bool) -> None:
+    """Libraries log errors only; set before they are imported, and inherited by worker processes."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    defaults = {
+        "LOGURU_LEVEL": "INFO" if verbose else "ERROR",
+        "TRANSFORMERS_VERBOSITY": "warning" if verbose else "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        for name in ("distributed", "megatron", "transformers", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

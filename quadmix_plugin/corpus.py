@@ -1,0 +1,242 @@
+"""The corpus on disk: which files it has, and a check of all of them before any model is loaded.
+
+The check reads what is cheap to read (Parquet footers and id columns, JSON lines) and finds what would otherwise
+stop a run hours later: an unreadable file, a missing column, a row without text, an id given twice.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.schema import require_unique
+
+PARQUET = (".parquet", ".pq")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file: ``path`` as it is opened, ``name`` relative to what the recipe names, ``version`` to notice changes."""
+
+    path: str
+    name: str
+    bytes: int
+    version: str
+
+    @property
+    def is_parquet(self) -> bool:
+        """Parquet, else JSON Lines."""
+        return self.path.endswith(PARQUET)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the check found: rows per file, in the order of the files."""
+
+    rows: dict[str, int]
+
+    @property
+    def documents(self) -> int:
+        """All rows."""
+        return sum(self.rows.values())
+
+
+def list_files(paths: str | list[str], place: str = "corpus.path") -> list[CorpusFile]:
+    """The data files behind a file, folder, glob or list of them, sorted by name.
+
+    Raises:
+        InputError: nothing there, no file of a known kind, or an empty file.
+    """
+    found: dict[str, CorpusFile] = {}
+    for path in [paths] if isinstance(paths, str) else paths:
+        fs, root = fsspec.core.url_to_fs(path)
+        for each in _expand(fs, root):
+            info = fs.info(each)
+            name = each.removeprefix(root.rstrip("/") + "/") if each != root else each.rsplit("/", 1)[-1]
+            if fs.has_magic(root) if hasattr(fs, "has_magic") else any(c in root for c in "*?["):
+                name = each.rsplit("/", 1)[-1]
+            url = fs.unstrip_protocol(each) if "://" in path else each
+            version = str(info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created"))
+            found[url] = CorpusFile(url, name, int(info["size"] or 0), version)
+    files = sorted(found.values(), key=lambda file: (file.name, file.path))
+    if not files:
+        raise InputError(
+            f"{place}: {paths}: no such file or folder, or no {', '.join(PARQUET + JSON_LINES)} file in it"
+        )
+    for file in files:
+        if file.bytes == 0:
+            raise InputError(f"{file.path}: empty file (0 bytes); remove it, or write it again")
+    _require_distinct_names(files)
+    return files
+
+
+def inspect(files: list[CorpusFile], text: str, id_field: str | None, invalid_rows: str = "error") -> Inspection:
+    """Checks every file; see the module.
+
+    Raises:
+        InputError: an unreadable file, a line that is not a JSON object, a missing column, a text that is not a
+            string or missing (under ``invalid_rows='error'``), an id missing or given twice, or no documents at all.
+    """
+    rows: dict[str, int] = {}
+    ids: list[pa.Array] = []
+    for file in files:
+        check = _inspect_parquet if file.is_parquet else _inspect_json_lines
+        rows[file.path], found = check(file, text, id_field, invalid_rows)
+        ids += found
+    if not sum(rows.values()):
+        raise InputError(f"{files[0].path}: no documents in {len(files)} files; give a corpus with rows")
+    kinds = {str(array.type) for array in ids}
+    if len(kinds) > 1:
+        raise InputError(f"column {id_field!r} is {' in some files and '.join(sorted(kinds))} in others; use one type")
+    if ids:
+        require_unique(pa.chunked_array(ids))
+    return Inspection(rows)
+
+
+def read_json_lines(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and objects of a JSON Lines file, blank lines skipped.
+
+    Raises:
+        InputError: a line that is not a JSON object, or a file that cannot be decompressed or decoded.
+    """
+    line_number = 0
+    try:
+        with fsspec.open(file.path, "rt", compression="infer", encoding="utf-8") as stream:
+            for line_number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield line_number, _object(file, line_number, line)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file.path}: after line {line_number}: not UTF-8 ({error.reason}); convert the file"
+        ) from error
+    except (OSError, EOFError, RuntimeError) as error:
+        raise InputError(f"{file.path}: after line {line_number}: cannot be read ({error}); write it again") from error
+
+
+def _object(file: CorpusFile, line_number: int, line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise InputError(
+            f"{file.path}: line {line_number} is not JSON ({error}): {line.strip()[:60]!r}; repair or remove the line"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file.path}: line {line_number} holds {type(content).__name__}; give one object per line")
+    return content
+
+
+def _expand(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    known = PARQUET + JSON_LINES
+    if any(character in root for character in "*?["):
+        candidates = cast("list[str]", fs.glob(root))
+    elif fs.isdir(root):
+        candidates = cast("list[str]", fs.find(root))
+    elif fs.exists(root):
+        if not root.endswith(known):
+            raise InputError(f"{root}: not a corpus file; give {', '.join(known)}")
+        return [root]
+    else:
+        return []
+    visible = (path for path in candidates if not path.rsplit("/", 1)[-1].startswith((".", "_")))
+    return [path for path in visible if path.endswith(known)]
+
+
+def _require_distinct_names(files: list[CorpusFile]) -> None:
+    """Shards are named after their file, so two files of one name would overwrite each other."""
+    seen: dict[str, str] = {}
+    for file in files:
+        if file.name in seen:
+            raise InputError(
+                f"{file.path} and {seen[file.name]} have the same name; give their common folder as corpus.path"
+            )
+        seen[file.name] = file.path
+
+
+def _inspect_parquet(
+    file: CorpusFile, text: str, id_field: str | None, invalid_rows: str
+) -> tuple[int, list[pa.Array]]:
+    try:
+        with fsspec.open(file.path, "rb") as stream:
+            parquet = pq.ParquetFile(stream)
+            _require_columns(file, parquet.schema_arrow.names, text, id_field)
+            kind = parquet.schema_arrow.field(text).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                raise InputError(f"{file.path}: column {text!r} is {kind}; the text must be a string column")
+            if invalid_rows == "error":
+                _require_texts(file, parquet, text)
+            ids = [] if id_field is None else _ids(file, parquet, id_field)
+            return parquet.metadata.num_rows, ids
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.path}: cannot be read as Parquet ({error}); write it again or remove it") from error
+
+
+def _require_texts(file: CorpusFile, parquet: pq.ParquetFile, text: str) -> None:
+    """Null texts, from the footer where it has statistics, else from the column."""
+    column = parquet.schema_arrow.names.index(text)
+    for group in range(parquet.num_row_groups):
+        statistics = parquet.metadata.row_group(group).column(column).statistics
+        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if nulls == 0:
+            continue
+        values = parquet.read_row_group(group, [text])[text]
+        if values.null_count:
+            row = pc.index(pc.is_null(values), True).as_py()
+            raise InputError(
+                f"{file.path}: row {row} of row group {group} has no text ({values.null_count} such rows there); "
+                f"remove them or set corpus.invalid_rows: drop"
+            )
+
+
+def _ids(file: CorpusFile, parquet: pq.ParquetFile, id_field: str) -> list[pa.Array]:
+    column = parquet.read([id_field])[id_field]
+    if column.null_count:
+        raise InputError(f"{file.path}: {column.null_count} rows have no {id_field!r}; every document needs an id")
+    if pa.types.is_integer(column.type):
+        return [chunk.cast(pa.int64()) for chunk in column.chunks]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise InputError(f"{file.path}: column {id_field!r} is {column.type}; ids must be integers or strings")
+    return [chunk.cast(pa.large_string()) for chunk in column.chunks]
+
+
+def _inspect_json_lines(
+    file: CorpusFile, text: str, id_field: str | None, invalid_rows: str
+) -> tuple[int, list[pa.Array]]:
+    ids: list[Any] = []
+    rows = 0
+    for line_number, content in read_json_lines(file):
+        rows += 1
+        where = f"{file.path}: line {line_number}"
+        if text not in content or (id_field is not None and id_field not in content):
+            _require_columns(file, list(content), text, id_field, where)
+        value = content[text]
+        if value is None and invalid_rows == "error":
+            raise InputError(f"{where} has no text; remove it or set corpus.invalid_rows: drop")
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{where}: {text!r} is {value!r}; the text must be a string")
+        if id_field is not None:
+            ids.append(content[id_field])
+            if type(ids[-1]) not in (int, str) or type(ids[-1]) is not type(ids[0]):
+                raise InputError(f"{where}: {id_field!r} is {ids[-1]!r}; ids must be all integers or all strings")
+    kind = pa.int64() if ids and isinstance(ids[0], int) else pa.large_string()
+    return rows, [pa.array(ids, kind)] if ids else []
+
+
+def _require_columns(
+    file: CorpusFile, columns: list[str], text: str, id_field: str | None, where: str | None = None
+) -> None:
+    for key, name in (("text", text), ("id", id_field)):
+        if name is not None and name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"{where or file.path}: no column {name!r}; {hint}found {', '.join(columns)}; set corpus.{key} in the "
+                f"recipe"
+            )

@@ -1,0 +1,74 @@
+"""CountTokens: adds the number of tokens of every document, by the tokenizer that the recipe names.
+
+Special tokens are not counted: neither those a model adds around a text nor the end-of-document token of an export.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from nemo_curator.stages.base import ProcessingStage
+from nemo_curator.stages.resources import Resources
+from nemo_curator.tasks import DocumentBatch
+
+from quadmix_plugin import models
+from quadmix_plugin.schema import TEXT, TOKENS
+from quadmix_plugin.stages.labelling import read_texts, with_column
+
+
+@dataclass
+class CountTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Adds ``tokens`` (int64) to each batch; an empty text has none.
+
+    Args:
+        tokenizer: a folder with a ``tokenizer.json``, or a hub id with ``revision``.
+        revision: the 40 hex digits of a commit on the hub.
+        text_field: column with the text.
+
+    Raises:
+        InputError: no such tokenizer; at ``setup`` one that cannot be loaded.
+    """
+
+    tokenizer: str
+    revision: str | None = None
+    text_field: str = TEXT
+    name: str = "count_tokens"
+    resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        models.check_source(self.tokenizer, self.revision)
+        self._loaded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """The text."""
+        return ["data"], [self.text_field]
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        """``tokens``."""
+        return ["data"], [TOKENS]
+
+    def setup_on_node(self, node_info: Any = None, worker_metadata: Any = None) -> None:
+        """Fetches the tokenizer once per machine."""
+        models.model_folder(self.tokenizer, self.revision)
+
+    def setup(self, worker_metadata: Any = None) -> None:
+        """Loads the tokenizer."""
+        if self._loaded is None:
+            self._loaded = models.load_tokenizer(self.tokenizer, self.revision)
+
+    def teardown(self) -> None:
+        """Lets go of the tokenizer."""
+        self._loaded = None
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        """Adds the column to one batch."""
+        self.setup()
+        texts = [models.encodable(text) for text in read_texts(task, self.text_field)]
+        encodings = self._loaded.encode_batch_fast(texts, add_special_tokens=False)
+        counts = np.fromiter((len(encoding) for encoding in encodings), dtype=np.int64, count=len(texts))
+        return with_column(task, TOKENS, counts, pa.int64())
