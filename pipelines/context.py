@@ -109,7 +109,7 @@ class Run:
 
     def seed_for(self, purpose: str) -> int:
         """A seed of its own for each use of randomness, so that no two draws share their uniforms."""
-        return xxhash.xxh64_intdigest(purpose, self.recipe.seed) >> 1
+        return xxhash.xxh64_intdigest(purpose.encode(), self.recipe.seed) >> 1
 
     @property
     def scorers(self) -> tuple[str, ...]:

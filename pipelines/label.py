@@ -7,7 +7,7 @@ from nemo_curator.pipeline import Pipeline
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.text.io.reader.jsonl import JsonlReaderStage
 from nemo_curator.stages.text.io.reader.parquet import ParquetReaderStage
-from nemo_curator.tasks import FileGroupTask
+from nemo_curator.tasks import FileGroupTask, Task
 
 from quadmix_plugin import registry
 from quadmix_plugin.config import scorer_plugin
@@ -17,7 +17,7 @@ from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
-from quadmix_plugin.store import merge_counts
+from quadmix_plugin.store import Step, merge_counts
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def label_stages(run: Run) -> list[ProcessingStage]:
     return stages
 
 
-def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, step) -> list:
+def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, step: Step) -> list[Task]:
     """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not yet written."""
     suffixes = (".parquet", ".bin")
     done = frozenset(
@@ -87,7 +87,8 @@ def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, ste
         if entry.path.startswith(f"{folder}/") and entry.path.endswith(suffixes)
     )
     corpus = run.recipe.corpus
-    keep = sorted({stage.reads for stage in stages if getattr(stage, "reads", None)} - {TEXT, DOC_ID})
+    made = {TEXT, DOC_ID, *(column for stage in stages for column in stage.outputs()[1])}
+    keep = sorted({column for stage in stages for column in _columns_read(stage)} - made)
     prepare = PrepareDocuments(
         id_field=corpus.id,
         text_field=corpus.text,
@@ -96,12 +97,12 @@ def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, ste
         invalid_rows=corpus.invalid_rows,
         done=done,
     )
-    results = []
+    results: list[Task] = []
     for parquet in (True, False):
         files = [file for file in run.corpus_files if file.is_parquet is parquet]
         if not files:
             continue
-        tasks = [
+        tasks: list[Task] = [
             FileGroupTask(
                 dataset_name=run.recipe.name,
                 data=[file.path],
@@ -113,3 +114,8 @@ def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, ste
         pipeline = Pipeline(name=step.name, stages=[reader(fields=prepare.inputs()[1]), prepare, *stages])
         results += pipeline.run(run.executor, initial_tasks=tasks) or []
     return results
+
+
+def _columns_read(stage: ProcessingStage) -> list[str]:
+    specification = stage.inputs()
+    return specification[1] if isinstance(specification, tuple) else []

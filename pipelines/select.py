@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# pyarrow makes its compute functions at import; no checker sees them.
 """Step 4: the selection under θ*, and the selections it is compared with, at the same budget of unique tokens."""
 
 import logging
@@ -6,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from nemo_curator.pipeline import Pipeline
 from nemo_curator.tasks import DocumentBatch
 from numpy.typing import NDArray
@@ -83,8 +86,6 @@ def baseline_copies(run: Run) -> dict[str, NDArray[np.int32]]:
 
 def copies_by_row(table: ScoreTable, selection: pa.Table) -> NDArray[np.int32]:
     """Copies [n] in the order of ``table`` from a table of doc_id and copies; absent documents have none."""
-    import pyarrow.compute as pc
-
     where = pc.index_in(selection[DOC_ID].combine_chunks(), value_set=table.doc_ids).to_numpy(zero_copy_only=False)
     copies = np.zeros(table.n, dtype=np.int32)
     copies[where.astype(np.int64)] = selection[COPIES].to_numpy()
@@ -179,15 +180,15 @@ def _summary(run: Run, copies: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
     summary = {}
     for name, chosen in copies.items():
         taken = chosen > 0
-        union = int(table.tokens[taken | quadmix].sum())
+        own = int(table.tokens[taken].sum())
         tokens = table.tokens * chosen
         by_domain = np.bincount(table.domain_ids, weights=tokens, minlength=len(table.domains))
         summary[name] = {
             "documents": int(taken.sum()),
             "copies": int(chosen.sum()),
-            "unique_tokens": int(table.tokens[taken].sum()),
+            "unique_tokens": own,
             "tokens": int(tokens.sum()),
             "domain_tokens": dict(zip(table.domains, by_domain.astype(int).tolist(), strict=True)),
-            "overlap_with_quadmix": int(table.tokens[taken & quadmix].sum()) / union if union else 0.0,
+            "overlap_with_quadmix": int(table.tokens[taken & quadmix].sum()) / own if own else 0.0,
         }
     return summary

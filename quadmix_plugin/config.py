@@ -34,7 +34,7 @@ class Corpus(Section):
     id: str | None = None
     """Column with unique document ids; without it ids are made from file name and row."""
     text: str = "text"
-    documents_per_shard: int = Field(2000, ge=1)
+    documents_per_shard: int = Field(default=2000, ge=1)
     """The unit of parallel work and of resuming."""
     invalid_rows: Literal["error", "drop"] = "error"
     """What to do with a null text."""
@@ -68,18 +68,18 @@ class Rank(Section):
 
     method: Literal["exact"] = "exact"
     ties: Literal["paper", "mid"] = "paper"
-    merge_small_domains: int = Field(0, ge=0)
+    merge_small_domains: int = Field(default=0, ge=0)
     """Domains with fewer tokens than this are folded into one domain, ``other``."""
 
 
 class Space(Section):
     """The ranges of Algorithm 1."""
 
-    lam_min: float = Field(1.0, gt=0)
-    lam_max: float = Field(1000.0, gt=0)
-    omega_max: float = Field(0.1, gt=0, le=1)
-    eta_max: float = Field(1.0, ge=0)
-    epsilon_max: float = Field(0.001, ge=0)
+    lam_min: float = Field(default=1.0, gt=0)
+    lam_max: float = Field(default=1000.0, gt=0)
+    omega_max: float = Field(default=0.1, gt=0, le=1)
+    eta_max: float = Field(default=1.0, ge=0)
+    epsilon_max: float = Field(default=0.001, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Space":
@@ -102,17 +102,17 @@ class Validation(Section):
     """Column that names the task of a row; None makes one task of each file."""
     mask_prompt: bool = True
     """Loss on the response only."""
-    rows_per_task: int | None = Field(None, ge=2)
+    rows_per_task: int | None = Field(default=None, ge=2)
     """At most so many rows of each task, chosen by hash."""
 
 
 class Proxy(Section):
     """The proxy models."""
 
-    number: int = Field(3000, ge=8)
-    tokens: int = Field(1_000_000_000, ge=1)
+    number: int = Field(default=3000, ge=8)
+    tokens: int = Field(default=1_000_000_000, ge=1)
     """Tokens that each proxy is trained on."""
-    repeats: int = Field(4, ge=2)
+    repeats: int = Field(default=4, ge=2)
     """Seeds of one θ, for the noise estimate; the first is proxy 0 itself."""
     trainer: str = "torch"
     options: Options = Field(default_factory=dict)
@@ -126,10 +126,10 @@ class Search(Section):
     regressor: str = "lightgbm"
     options: Options = Field(default_factory=dict)
     features: Literal["theta", "theta+derived"] = "theta+derived"
-    draws: int = Field(100_000, ge=100)
-    top: int = Field(10, ge=1)
+    draws: int = Field(default=100_000, ge=100)
+    top: int = Field(default=10, ge=1)
     average: Literal["unit", "paper"] = "unit"
-    folds: int = Field(5, ge=2)
+    folds: int = Field(default=5, ge=2)
 
     @field_validator("objective")
     @classmethod
@@ -142,7 +142,7 @@ class Search(Section):
 class Select(Section):
     """The selection under θ* and the methods it is compared with."""
 
-    target_tokens: int | None = Field(None, ge=1)
+    target_tokens: int | None = Field(default=None, ge=1)
     """Scales every ω by one factor to reach this many tokens; None leaves θ* as it is."""
     theta: str | None = None
     """A theta.json to use in place of this run's own search."""
@@ -153,7 +153,7 @@ class Select(Section):
 class Pretrain(Section):
     """The models trained on each selection, for the comparison."""
 
-    tokens: int = Field(500_000_000_000, ge=1)
+    tokens: int = Field(default=500_000_000_000, ge=1)
     seeds: list[int] = Field(default_factory=lambda: [1, 2], min_length=2)
     trainer: str = "torch"
     options: Options = Field(default_factory=dict)
@@ -163,7 +163,7 @@ class Executor(Section):
     """Where the work runs; has no influence on any result."""
 
     name: Literal["inline", "dask", "ray_data", "xenna"] = "dask"
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
     """Worker processes; None: one per core."""
     address: str | None = None
     """An existing Dask scheduler."""
@@ -175,7 +175,7 @@ class Recipe(Section):
     """A whole run. See ``quadmix init`` for a commented one."""
 
     name: Name
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     corpus: Corpus
     tokenizer: Tokenizer
     domain: DomainSection

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# pyarrow makes its compute functions at import; no checker sees them.
 """The corpus on disk: which files it has, and a check of all of them before any model is loaded.
 
 The check reads what is cheap to read (Parquet footers and id columns, JSON lines) and finds what would otherwise

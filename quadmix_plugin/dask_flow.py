@@ -1,17 +1,15 @@
-"""One pipeline run on a Dask cluster: which unit of work starts when, and what a worker does with it.
+"""One pipeline run on a Dask cluster: which unit of work starts when, and what follows from its end.
 
 A unit is one call of one stage on ``stage.batch_size`` tasks. Its outputs stay on the worker as the result of a
 future; the driver learns only how many there are and what their shards are called. A task goes on to its next
 stage as soon as it is there, the deepest stage first, and a window bounds how many units are under way, so memory
 follows the number of workers and not the corpus. Batches are formed in input order, whatever finishes first, so
-they are those of one process. What starts and stops a cluster is not here: see ``executors``.
+they are those of one process. What a worker does
+with a unit is in ``dask_worker``, what starts and stops a cluster in ``executors``.
 """
 
-import asyncio
 import heapq
 import logging
-import pickle
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +17,20 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from nemo_curator.backends.base import BaseStageAdapter, NodeInfo, WorkerMetadata
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import Task
 
+from quadmix_plugin.dask_worker import (
+    TOPIC,
+    cause,
+    hold,
+    pick,
+    run_unit,
+    set_up_node,
+    shard_of,
+    shards_of,
+    tear_down_run,
+)
 from quadmix_plugin.errors import QuadmixError
 
 if TYPE_CHECKING:
@@ -33,7 +41,6 @@ Key = tuple[int, ...]
 
 logger = logging.getLogger(__name__)
 
-_TOPIC = "quadmix-units"  # a Dask event per finished unit: (run, unit, shards of its outputs)
 _URGENT = 1_000_000  # priority of the small tasks that only hand payloads on
 
 
@@ -72,15 +79,16 @@ class Flow:
     def __init__(self, client: "Client", stages: Sequence[ProcessingStage], window: int, on_progress: Progress | None):
         from distributed import as_completed
 
-        self._client, self._stages, self._window, self._on_progress = client, stages, window, on_progress
+        self._client: Any = client  # Dask annotates its methods for asynchronous clients too
+        self._stages, self._window, self._on_progress = stages, window, on_progress
         self._run = uuid.uuid4().hex
         self._starts = [i for i, stage in enumerate(stages) if _batch_size(stage) > 1]
         self._segment = [sum(start <= i for start in self._starts) for i in range(len(stages))]
         self._outstanding: list[set[Key]] = [set() for _ in range(len(self._starts) + 1)]
         self._buffers = {start: _Buffer() for start in self._starts}
         self._ready: list[tuple[int, Key, _Unit]] = []
-        self._flying: dict[Any, tuple[_Unit, Future]] = {}
-        self._suspects: list[tuple[_Unit, Future]] = []
+        self._flying: dict[Any, tuple[_Unit, Any]] = {}
+        self._suspects: list[tuple[_Unit, Any]] = []
         self._reports: dict[str, list[str]] = {}
         self._results: list[tuple[Key, list[Task]]] = []
         self._received, self._done = [0] * len(stages), [0] * len(stages)
@@ -96,7 +104,7 @@ class Flow:
             QuadmixError: the one that a stage raised; or one that names stage and shard, when a stage raised
                 anything else or a worker process was lost once too often.
         """
-        self._client.subscribe_topic(_TOPIC, self._on_report)
+        self._client.subscribe_topic(TOPIC, self._on_report)
         try:
             self._prepare()
             self._received[0] = len(tasks)
@@ -106,7 +114,7 @@ class Flow:
                     self._finish(future)
             self._end()
         finally:
-            self._client.unsubscribe_topic(_TOPIC)
+            self._client.unsubscribe_topic(TOPIC)
             self._client.cancel([future for _, future in (*self._flying.values(), *self._suspects)])
         return [task for _, outputs in sorted(self._results, key=lambda item: item[0]) for task in outputs]
 
@@ -118,10 +126,9 @@ class Flow:
     def _prepare(self) -> None:
         """Puts the stages on the cluster and runs ``setup_on_node`` once per host."""
         for i, stage in enumerate(self._stages):
-            # A task and not scattered data: what a lost worker held, Dask can make again.
             name = f"{stage.name}-stage-{i}-{self._run}"
             self._blobs.append(
-                self._client.submit(_hold, cloudpickle.dumps(stage), key=name, priority=_URGENT, pure=False)
+                self._client.submit(hold, cloudpickle.dumps(stage), key=name, priority=_URGENT, pure=False)
             )
         hosts: dict[str, str] = {}
         for address, worker in self._client.scheduler_info()["workers"].items():
@@ -131,7 +138,7 @@ class Flow:
                 continue
             on_hosts = [
                 self._client.submit(
-                    _set_up_node, blob, workers=[address], allow_other_workers=True, priority=_URGENT, pure=False
+                    set_up_node, blob, workers=[address], allow_other_workers=True, priority=_URGENT, pure=False
                 )
                 for address in hosts.values()
             ]
@@ -206,7 +213,7 @@ class Flow:
         self._submitted += 1
         unit.name = f"{stage.name}-{unit.stage}-{self._run}-{self._submitted}"
         future = self._client.submit(
-            _run_unit,
+            run_unit,
             (self._run, unit.stage),
             unit.name,
             self._blobs[unit.stage],
@@ -247,7 +254,7 @@ class Flow:
         # was restarted and it is not, ask for it.
         shards = self._reports.pop(unit.name, None)
         if shards is None:
-            shards = self._client.submit(_shards_of, future, priority=_URGENT, pure=False).result()
+            shards = self._client.submit(shards_of, future, priority=_URGENT, pure=False).result()
         if shards:
             self._hand_on(unit.stage + 1, self._parts(unit, future, shards), len(shards))
         return len(shards)
@@ -259,14 +266,14 @@ class Flow:
             return
         for i, shard in enumerate(shards):
             name = f"{unit.name}-output-{i}"
-            yield (*unit.key, i), self._client.submit(_pick, future, i, key=name, priority=_URGENT), shard
+            yield (*unit.key, i), self._client.submit(pick, future, i, key=name, priority=_URGENT), shard
 
     def _failed(self, unit: _Unit, future: "Future", error: Exception) -> None:
         from distributed import KilledWorker
 
         stage, shards = self._stages[unit.stage], ", ".join(unit.shards[:3])
         if not isinstance(error, KilledWorker):
-            raise named_error(stage, f"shard {shards}", error) from _cause(error)
+            raise named_error(stage, f"shard {shards}", error) from cause(error)
         if not unit.ran_alone:
             self._suspects.append((unit, future))
             return
@@ -295,7 +302,7 @@ class Flow:
             raise QuadmixError(messages[0])
 
     def _tear_down(self) -> list[str]:
-        answers = self._client.run(_tear_down_run, self._run, on_error="return")
+        answers = self._client.run(tear_down_run, self._run, on_error="return")
         return [message for answer in answers.values() if isinstance(answer, list) for message in answer]
 
 
@@ -311,11 +318,6 @@ def expected_totals(fans_out: Sequence[bool], received: Sequence[int], done: Seq
     return totals
 
 
-def shard_of(task: Task) -> str:
-    """What to call a task in a message: its shard, or its id."""
-    return str(task._metadata.get("shard") or task.task_id)
-
-
 def named_error(stage: ProcessingStage, place: str, error: BaseException) -> QuadmixError:
     """A stage's own ``QuadmixError`` as it is, anything else as one that names stage and place."""
     if isinstance(error, QuadmixError):
@@ -323,107 +325,5 @@ def named_error(stage: ProcessingStage, place: str, error: BaseException) -> Qua
     return QuadmixError(f"stage {stage.name!r}, {place}: {type(error).__name__}: {error}")
 
 
-def _cause(error: BaseException) -> BaseException | None:
-    return error.__cause__ if isinstance(error, QuadmixError) else error
-
-
 def _batch_size(stage: ProcessingStage) -> int:
     return max(1, stage.batch_size or 1)
-
-
-# What follows runs in the worker processes.
-
-
-class _Adapter(BaseStageAdapter):
-    """A stage as one worker process holds it; never entered by two threads at once."""
-
-    def __init__(self, stage: ProcessingStage):
-        super().__init__(stage)
-        self.lock = threading.Lock()
-        self.is_set_up = False
-
-
-_ADAPTERS: dict[tuple[str, int], _Adapter] = {}
-_ADAPTERS_LOCK = threading.Lock()
-
-
-def _run_unit(place: tuple[str, int], name: str, blob: bytes, inputs: list[list[Task]]) -> list[Task]:
-    """Runs a stage on its inputs and reports what came out; errors arrive on the driver as they are or flattened."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    try:
-        adapter = _adapter(place, blob)
-        with adapter.lock:
-            if not adapter.is_set_up:
-                adapter.setup(WorkerMetadata(worker_id=str(worker.name)))
-                adapter.is_set_up = True
-            outputs = adapter.process_batch([task for part in inputs for task in part])
-    except (Exception, SystemExit) as error:
-        raise _portable(error) from _cause(error)
-    worker.log_event(_TOPIC, (place[0], name, [shard_of(task) for task in outputs]))
-    return outputs
-
-
-def _adapter(place: tuple[str, int], blob: bytes) -> _Adapter:
-    with _ADAPTERS_LOCK:
-        if place not in _ADAPTERS:
-            _ADAPTERS[place] = _Adapter(cloudpickle.loads(blob))
-        return _ADAPTERS[place]
-
-
-def _portable(error: BaseException) -> Exception:
-    """The error itself if it survives pickling, else one with its type and message."""
-    try:
-        if isinstance(error, Exception) and type(pickle.loads(cloudpickle.dumps(error))) is type(error):  # noqa: S301
-            return error
-    except Exception:  # whatever a stranger's __reduce__ or __init__ raises
-        logger.debug("%s cannot be pickled", type(error).__name__, exc_info=True)
-    if isinstance(error, QuadmixError):
-        flat: Exception = QuadmixError(str(error))
-        flat.__dict__["exit_code"] = error.exit_code
-        return flat
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _set_up_node(blob: bytes) -> None:
-    from distributed import get_worker
-
-    worker = get_worker()
-    host = worker.address.rpartition("://")[2].rpartition(":")[0]
-    try:
-        stage = cloudpickle.loads(blob)
-        BaseStageAdapter(stage).setup_on_node(NodeInfo(node_id=host), WorkerMetadata(worker_id=str(worker.name)))
-    except (Exception, SystemExit) as error:
-        raise _portable(error) from _cause(error)
-
-
-async def _tear_down_run(run: str) -> list[str]:
-    """Tears a run's stages down in this process, off its event loop; returns what went wrong."""
-    return await asyncio.to_thread(_tear_down_adapters, run)
-
-
-def _tear_down_adapters(run: str) -> list[str]:
-    with _ADAPTERS_LOCK:
-        adapters = [_ADAPTERS.pop(place) for place in sorted(_ADAPTERS) if place[0] == run]
-    messages = []
-    for adapter in adapters:
-        with adapter.lock:
-            try:
-                if adapter.is_set_up:
-                    adapter.teardown()
-            except Exception as error:  # a stranger's teardown
-                messages.append(f"stage {adapter.stage.name!r}, teardown: {type(error).__name__}: {error}")
-    return messages
-
-
-def _hold(blob: bytes) -> bytes:
-    return blob
-
-
-def _pick(outputs: list[Task], i: int) -> list[Task]:
-    return [outputs[i]]
-
-
-def _shards_of(outputs: list[Task]) -> list[str]:
-    return [shard_of(task) for task in outputs]

@@ -22,11 +22,12 @@ from nemo_curator.backends.base import BaseExecutor, BaseStageAdapter, NodeInfo,
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import EmptyTask, Task
 
-from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_error, shard_of
+from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_error
+from quadmix_plugin.dask_worker import shard_of
 from quadmix_plugin.errors import QuadmixError, RecipeError
 
 if TYPE_CHECKING:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _WORKER_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 29),
     "LOGURU_LEVEL": "WARNING",
 }
+_GUARD = 'put the script under `if __name__ == "__main__":`'
 _RAY_ONLY = ("is_raft_actor", "is_lsh_stage", "is_shuffle_stage")
 _ID_OPTIONS = ("_generate_ids", "_assign_ids", "generate_ids", "assign_id", "use_id_generator")
 
@@ -70,7 +72,9 @@ class InlineExecutor(BaseExecutor):
         super().__init__()
         self.on_progress: Progress | None = None
 
-    def execute(self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None) -> list[Task]:
+    def execute(  # pyright: ignore[reportIncompatibleMethodOverride]  Curator annotates None and returns tasks
+        self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None
+    ) -> list[Task]:
         """Takes the tasks through all stages; returns the last stage's outputs.
 
         Raises:
@@ -136,10 +140,12 @@ class DaskExecutor(BaseExecutor):
         self._address, self._given_client, self._retries = address, client, lost_worker_retries
         self._env = {**_WORKER_ENV, **{key: str(value) for key, value in (worker_env or {}).items()}}
         self._resources = dict(worker_resources or {})
-        self._client: Client | None = client
+        self._client: Any = client  # Dask annotates its methods for asynchronous clients too
         self._open = contextlib.ExitStack()
 
-    def execute(self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None) -> list[Task]:
+    def execute(  # pyright: ignore[reportIncompatibleMethodOverride]  Curator annotates None and returns tasks
+        self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None
+    ) -> list[Task]:
         """Takes the tasks through all stages; returns the last stage's outputs in input order.
 
         Raises:
@@ -175,7 +181,7 @@ class DaskExecutor(BaseExecutor):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self) -> "Client":
+    def _connect(self) -> Any:
         from distributed import Client
 
         if self._client is None:
@@ -188,9 +194,7 @@ class DaskExecutor(BaseExecutor):
                 self._client = self._open.enter_context(Client(target, set_as_default=False))
             except (OSError, RuntimeError, TimeoutError) as error:
                 what = f"no Dask scheduler at {self._address}" if self._address else "the Dask workers did not start"
-                raise QuadmixError(
-                    f'executor: {what} ({error}); check the address, or put the script under `if __name__ == "__main__":`'
-                ) from error
+                raise QuadmixError(f"executor: {what} ({error}); check the address, or {_GUARD}") from error
             logger.info("Dask dashboard: %s", self._client.dashboard_link)
         try:
             self._client.wait_for_workers(1, timeout=60)
@@ -199,9 +203,9 @@ class DaskExecutor(BaseExecutor):
         return self._client
 
     @contextlib.contextmanager
-    def _start(self) -> "Iterator[LocalCluster]":
+    def _start(self) -> "Iterator[Any]":
         """A cluster of worker processes on this machine, reachable from this machine only."""
-        import dask
+        from dask import config as dask_config
         from dask.system import CPU_COUNT
         from distributed import LocalCluster
 
@@ -215,7 +219,7 @@ class DaskExecutor(BaseExecutor):
         try:
             with (
                 scratch,
-                dask.config.set(config),
+                dask_config.set(config),
                 LocalCluster(
                     n_workers=self._n_workers or CPU_COUNT,
                     threads_per_worker=self._threads,
@@ -256,7 +260,9 @@ class RayExecutor(BaseExecutor):
         self.backend, self.num_cpus = backend, num_cpus
         self.on_progress: Progress | None = None  # Curator's executors report nothing
 
-    def execute(self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None) -> list[Task]:
+    def execute(  # pyright: ignore[reportIncompatibleMethodOverride]  Curator annotates None and returns tasks
+        self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None
+    ) -> list[Task]:
         """Takes the tasks through all stages; results come in the back end's order; errors are the back end's."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray

@@ -69,7 +69,8 @@ _RC: dict[str, Any] = {
 
 def plain(text: object, limit: int | None = None) -> str:
     """``text`` without control and invisible characters (which XML forbids or which hide), cut to ``limit``."""
-    shown = "".join("\ufffd" if unicodedata.category(c)[0] == "C" else c for c in str(text))
+    spaced = "".join(" " if c.isspace() else c for c in str(text))
+    shown = "".join("\ufffd" if unicodedata.category(c)[0] == "C" else c for c in spaced)
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
@@ -79,7 +80,7 @@ def domain_shares(domains: Sequence[str], before: ArrayLike, after: ArrayLike) -
     labels = [plain(name, 27) for name in domains]
     left, row = _label_width(labels), 18
     with _style():
-        figure, axes = _axes(left + 400, 66 + row * len(labels), left, 62, 22, 44)
+        figure, axes = _axes(left + 420, 66 + row * len(labels), left, 62, 22, 44)
         rows = np.arange(len(labels))
         axes.hlines(rows, old, new, color=COLOURS["line"], linewidth=3)
         axes.plot(old, rows, "o", color=COLOURS["before"], markersize=6.5, markerfacecolor=COLOURS["paper"])
@@ -157,7 +158,7 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
     grid = grid[(grid > 0) & (grid <= rank_limit)]
     value = sampling_value(grid, np.full(grid.size, domain), theta)
     with _style():
-        figure, axes = _axes(216, 158, 34, 8, 24, 38)
+        figure, axes = _axes(216, 158, 42, 6, 24, 38)
         axes.fill_between(100 * grid, value, color=COLOURS["accent"], alpha=0.18, linewidth=0)
         axes.plot(100 * grid, value, color=COLOURS["accent"])
         axes.set_xlim(0, 100 * rank_limit)
@@ -173,8 +174,11 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
         return _svg(figure, f"curve {domain} {name}", f"Sampling curve of {name}", described)
 
 
-def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: float | None) -> str:
-    """Out-of-fold predicted against real loss of each proxy [T], with a band of one seed sd around equality."""
+def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: float | None, note: str = "") -> str:
+    """Out-of-fold predicted against real loss of each proxy [T], with a band of one seed sd around equality.
+
+    ``note`` stands at the upper right.
+    """
     x, y = np.asarray(real, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     finite = np.isfinite(x) & np.isfinite(y)
     both = np.concatenate([x[finite], y[finite]]) if finite.any() else np.array([0.0, 1.0])
@@ -192,7 +196,8 @@ def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: f
         axes.set_ylim(*limits)
         axes.locator_params(nbins=5)
         axes.grid()
-        axes.set_title(plain(task, 34), loc="left", fontsize=_TEXT, fontweight="bold")
+        axes.set_title(plain(task, 22), loc="left", fontsize=_TEXT, fontweight="bold")
+        axes.set_title(plain(note), loc="right", fontsize=10, color=COLOURS["muted"])
         axes.set_xlabel("real loss (nats per token)")
         axes.set_ylabel("predicted loss (nats per token)")
         title = f"Predicted against real loss: {plain(task)}"
@@ -277,9 +282,9 @@ def _mean_curve(seeds: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Arr
 
 
 def _visible(drawn: Mapping[str, tuple[Array, Array, Array, Array]]) -> tuple[float, float]:
-    """Limits of the loss axis that leave out the fall of the first 5 % of the tokens."""
+    """Limits of the loss axis that leave out the fall of the first 20 % of the tokens."""
     lows = [float(np.nanmin(low)) for _, _, low, _ in drawn.values()]
-    highs = [float(np.nanmax(high[x >= 0.05 * x[-1]])) for x, _, _, high in drawn.values()]
+    highs = [float(np.nanmax(high[x >= 0.2 * x[-1]])) for x, _, _, high in drawn.values()]
     bottom, top = min(lows), max(highs)
     pad = 0.04 * ((top - bottom) or 1.0)
     return bottom - pad, top + pad
@@ -325,7 +330,7 @@ def _percent(tokens: ArrayLike) -> Array:
 
 
 def _label_width(labels: Sequence[str]) -> int:
-    return 18 + int(6.6 * max((len(label) for label in labels), default=0))
+    return 14 + int(6.1 * max((len(label) for label in labels), default=0))
 
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
@@ -398,6 +403,8 @@ def _follow_page(element: ElementTree.Element, prefix: str) -> None:
         found["id"] = prefix + found["id"]
     if "clip-path" in found:
         found["clip-path"] = found["clip-path"].replace("url(#", f"url(#{prefix}")
+    for name in {"d", "x", "y"} & found.keys():
+        found[name] = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number.group()):.2f}", found[name])
     if "style" in found:
         style = re.sub(r"'DejaVu Sans'[^;]*", "var(--sans, sans-serif)", found["style"])
         found["style"] = re.sub(r"#[0-9a-f]{6}", _as_variable, style)

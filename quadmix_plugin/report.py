@@ -213,7 +213,7 @@ def _scores(scores: Sequence[ScoreHistogram] | None) -> list[Figure] | None:
         return None
     return [
         Figure(figures.score_histogram(s.scorer, s.kind, s.edges, s.before, s.after), f"{s.kind} {s.scorer}")
-        for s in scores
+        for s in sorted(scores, key=lambda s: s.kind != "raw")
     ]
 
 
@@ -250,7 +250,9 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
     drawn = []
     for task, pairs in points.items():
         real, predicted = np.array(pairs, dtype=np.float64).T
-        svg = figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"))
+        rho = metrics.get(task, {}).get("spearman")
+        note = "" if rho is None else f"Spearman {rho:.2f}"
+        svg = figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"), note)
         drawn.append(Figure(svg, f"Predicted against real: {task}"))
     tasks = list(dict.fromkeys([*points, *metrics]))
     rows = [{"task": task, **{k: metrics.get(task, {}).get(k) for k in ("spearman", "mae")}} for task in tasks]

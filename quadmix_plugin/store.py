@@ -57,10 +57,9 @@ class Step:
 
     def path(self, relative: str) -> Path:
         """Where an artifact of this name lies; refuses a name that leaves the run directory or is the store's own."""
-        parts = relative.split("/")
-        if not all(_NAME.fullmatch(part) for part in parts) or parts[0] in ("manifest", "_SUCCESS"):
+        if not _is_name(relative):
             raise StorageError(f"{relative!r}: not an artifact name; use letters, digits, '.', '_' and '-'")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*relative.split("/"))
 
     @contextlib.contextmanager
     def writing(self, *relative: str, **facts: Any) -> Iterator[tuple[Path, ...]]:
@@ -72,8 +71,11 @@ class Step:
             finals = [self.path(name) for name in relative]
             yield tuple(stack.enter_context(atomic_path(final)) for final in finals)
             # An older entry must not outlive the bytes it vouches for, not even between the rename and the new entry.
-            for name in relative:
-                self._entry_path(name).unlink(missing_ok=True)
+            old = [path for name in relative if (path := self._entry_path(name)).exists()]
+            for path in old:
+                path.unlink(missing_ok=True)
+            if old:
+                _flush(self._manifest)
         for name, final in zip(relative, finals, strict=True):
             entry = Entry(name, final.stat().st_size, sha256_file(final), self.key, facts)
             write_json(self._entry_path(name), asdict(entry))
@@ -105,8 +107,8 @@ class Step:
 
     def entries(self) -> list[Entry]:
         """All artifacts of this step and key, by name."""
-        names = sorted(path.name.removesuffix(".json").replace("%", "/") for path in _entry_paths(self._manifest))
-        return [entry for name in names if (entry := self.entry(name)) is not None]
+        names = (path.name.removesuffix(".json").replace("%", "/") for path in _entry_paths(self._manifest))
+        return [entry for name in sorted(names) if _is_name(name) and (entry := self.entry(name)) is not None]
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """Reads a Parquet artifact, page checksums verified.
@@ -145,6 +147,7 @@ class Step:
         """Marks the step as complete; ``facts`` are its summary (row counts, seconds)."""
         entries = self.entries()
         content = {"step": self.name, "key": self.key, "artifacts": len(entries), "facts": facts}
+        content = json.loads(_json_text(content))  # as it will be read back
         write_json(self._manifest / "_SUCCESS.json", {**content, "sha256": _step_digest(content, entries)})
 
     def summary(self) -> dict[str, Any] | None:
@@ -360,6 +363,11 @@ def _flush(path: Path) -> None:
 
 def _json_text(content: Any) -> str:
     return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_name(relative: str) -> bool:
+    parts = relative.split("/")
+    return all(_NAME.fullmatch(part) for part in parts) and parts[0] not in ("manifest", "_SUCCESS")
 
 
 def _entry_paths(manifest: Path) -> list[Path]:

@@ -21,7 +21,7 @@ RULE = (
     "Lower loss is better. The difference is the baseline's mean loss minus that of QuaDMix. It counts as outside "
     "the noise when the 95 % Welch t interval of the difference excludes zero and the difference is at least one "
     "pooled standard deviation over seeds. A difference below one pooled standard deviation is a near-tie; one in "
-    "between is a lean that these seeds do not settle. At least two seeds on each side are needed. Each interval "
+    "between is a lean that these seeds do not settle. The strongest baseline is the one with the lowest mean here. At least two seeds on each side are needed. Each interval "
     "stands alone: nothing corrects for the number of comparisons. Seeds vary the training, not the search for θ*."
 )
 
@@ -50,15 +50,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison shows, in words; ``objective`` and ``tasks`` hold the numbers behind it.
+    """What the comparison shows, in words; ``objective`` and ``tasks`` hold all the numbers behind it.
 
-    ``strongest`` names the baseline with the lowest mean objective; empty when there is none.
+    ``numbers`` puts those against the strongest baseline (lowest mean objective) into words; ``objective`` begins
+    with it.
     """
 
     tone: Tone
     headline: str
-    sentences: tuple[str, ...] = ()
-    strongest: str = ""
+    numbers: str = ""
     objective: tuple[Comparison, ...] = ()
     tasks: tuple[Comparison, ...] = ()
 
@@ -111,8 +111,7 @@ def judge(losses: Mapping[str, Mapping[str, Sequence[float]]], quadmix: str = "q
         for c in objective
     )
     tone, headline = _headline(objective)
-    sentences = tuple(_sentence(c) for c in objective)
-    return Verdict(tone, headline, sentences, objective[0].rival, tuple(objective), tasks)
+    return Verdict(tone, headline, _numbers(objective[0]), tuple(objective), tasks)
 
 
 def _headline(objective: Sequence[Comparison]) -> tuple[Tone, str]:
@@ -144,24 +143,15 @@ def _headline(objective: Sequence[Comparison]) -> tuple[Tone, str]:
     )
 
 
-_WORDS = {
-    "better": "beats {rival}, outside the noise",
-    "worse": "is worse than {rival}, outside the noise",
-    "near-tie": "near-tie with {rival}",
-    "unclear": "{way} {rival}, not outside the noise",
-    "unknown": "no judgement against {rival}: {reason}",
-}
-
-
-def _sentence(c: Comparison) -> str:
-    way = "ahead of" if c.difference > 0 else "behind"
-    words = _WORDS[c.outcome].format(rival=c.rival, way=way, reason=c.reason)
-    numbers = f"{c.mean:.4f} against {c.rival_mean:.4f}"
+def _numbers(c: Comparison) -> str:
+    text = f"Mean objective {c.mean:.4f} against {c.rival_mean:.4f} of {c.rival}, the strongest baseline"
     if c.outcome == "unknown":
-        return f"{words} ({numbers}; {c.seeds} and {c.rival_seeds} seeds)."
+        return f"{text} ({c.seeds} and {c.rival_seeds} seeds)."
+    way = "lower" if c.difference > 0 else "higher"
+    low, high = sorted((c.low, c.high)) if c.difference > 0 else sorted((-c.low, -c.high))
     return (
-        f"{words} ({numbers}; difference {c.difference:+.4f}, 95 % interval {c.low:+.4f} to {c.high:+.4f}, "
-        f"pooled seed sd {c.pooled_sd:.4f}, {c.seeds} and {c.rival_seeds} seeds)."
+        f"{text}: {abs(c.difference):.4f} {way} (95 % interval {low:.4f} to {high:.4f}), where one pooled standard "
+        f"deviation over {c.seeds} and {c.rival_seeds} seeds is {c.pooled_sd:.4f}."
     )
 
 

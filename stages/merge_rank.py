@@ -22,6 +22,7 @@ from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.ranking import RankMap, Ties, merge_quality
 from quadmix_plugin.schema import DOMAIN, MERGED_QUALITY, QUALITY_RANK, TOKENS, score_column
+from quadmix_plugin.stages.labelling import with_column
 
 
 @dataclass
@@ -112,7 +113,8 @@ class MergeRank(ProcessingStage[DocumentBatch, DocumentBatch]):
         ids = domain_ids(table, _theta(self), self.other_domain)
         merged = _merged(table, ids, _theta(self), self.normaliser)
         assert isinstance(self.rank_map, RankMap)  # noqa: S101 - set in __post_init__
-        return with_columns(task, {MERGED_QUALITY: merged, QUALITY_RANK: self.rank_map.rank(merged, ids, self.ties)})
+        ranks = self.rank_map.rank(merged, ids, self.ties)
+        return with_column(with_column(task, MERGED_QUALITY, merged, pa.float64()), QUALITY_RANK, ranks, pa.float64())
 
 
 def load_theta(theta: Parameters | str | Path) -> Parameters:
@@ -150,20 +152,6 @@ def domain_ids(table: pa.Table, theta: Parameters, other_domain: str | None = No
             f"search parameters on a corpus that has them, or relabel"
         )
     return np.array([position.get(name, fallback) for name in names], dtype=np.int64)
-
-
-def with_columns(task: DocumentBatch, columns: dict[str, NDArray[np.generic]]) -> DocumentBatch:
-    """The batch with further columns, pandas staying pandas and Arrow staying Arrow."""
-    if isinstance(task.data, pa.Table):
-        data = task.data
-        for name, values in columns.items():
-            data = data.drop_columns([name]) if name in data.column_names else data
-            data = data.append_column(name, pa.array(values))
-    else:
-        data = task.data.assign(**columns)
-    return DocumentBatch(
-        dataset_name=task.dataset_name, data=data, _metadata=task._metadata, _stage_perf=list(task._stage_perf)
-    )
 
 
 def _theta(stage: FitRank | MergeRank) -> Parameters:

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# pyarrow makes its compute functions at import; no checker sees them.
 """PrepareDocuments: the first stage after a Curator reader; one batch per file becomes shards of fixed size.
 
 It gives the two columns their names, checks every row, drops what cannot be used by a stated reason, and names

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# pyarrow makes its compute functions at import; no checker sees them.
 """WriteShards and ReadShards: between Curator batches and the Parquet artifacts of a run directory."""
 
 from dataclasses import dataclass, field
@@ -6,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
-from nemo_curator.tasks import DocumentBatch
+from nemo_curator.tasks import DocumentBatch, Task
 
 from quadmix_plugin.schema import COPIES, TOKENS
 from quadmix_plugin.store import Step
 
 
-def shard_tasks(shards: list[str]) -> list[DocumentBatch]:
+def shard_tasks(shards: list[str]) -> list[Task]:
     """One initial task per shard name, for pipelines that begin with ``ReadShards``."""
     return [
         DocumentBatch(dataset_name=name, data=pa.table({"shard": [name]}), _metadata={"shard": name}) for name in shards

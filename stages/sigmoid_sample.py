@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch
@@ -9,7 +10,8 @@ from nemo_curator.tasks import DocumentBatch
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.sampling import draw_copies, sampling_value
 from quadmix_plugin.schema import COPIES, DOC_ID, DOMAIN, QUALITY_RANK, SAMPLING_VALUE
-from quadmix_plugin.stages.merge_rank import domain_ids, load_theta, with_columns
+from quadmix_plugin.stages.labelling import with_column
+from quadmix_plugin.stages.merge_rank import domain_ids, load_theta
 
 
 @dataclass
@@ -52,7 +54,8 @@ class SigmoidSample(ProcessingStage[DocumentBatch, DocumentBatch]):
         ids = domain_ids(table, self.theta, self.other_domain)
         value = sampling_value(table[QUALITY_RANK].to_numpy(), ids, self.theta)
         copies = draw_copies(value, table[self.id_field], self.seed)
-        sampled = with_columns(task, {SAMPLING_VALUE: value, COPIES: copies})
+        sampled = with_column(task, SAMPLING_VALUE, value, pa.float64())
+        sampled = with_column(sampled, COPIES, copies, pa.int32())
         if self.expand:
             rows = copies.nonzero()[0].repeat(copies[copies > 0])
             sampled.data = sampled.data.take(rows) if not hasattr(sampled.data, "iloc") else sampled.data.iloc[rows]

@@ -23,6 +23,9 @@ Kind = Literal["theta", "theta+derived"]
 Thetas = Sequence[Parameters] | Array
 """Parameters, or their ``to_vector`` as the rows of an array [T, (N + 4)·M]."""
 
+SIZE = "log_selected_tokens"
+"""The derived feature that is 0 where at most one token is selected."""
+
 _BLOCK = 1 << 16  # θ × documents at once: half a megabyte, which stays in the cache
 _LAM_FLOOR = 1e-6
 
@@ -74,6 +77,11 @@ class FeatureMap:
         pools = tuple(_Pool(np.ascontiguousarray(scores[r].T), table.tokens[r]) for r in rows)
         return cls(kind, table.domains, table.scorers, pools)
 
+    @property
+    def width(self) -> int:
+        """Numbers in one θ: (N + 4)·M."""
+        return (len(self.scorers) + 4) * len(self.domains)
+
     def statistics(self, thetas: Thetas) -> SelectionStatistics:
         """The expected selection under each θ."""
         vectors = self.vectors(thetas)
@@ -109,7 +117,6 @@ class FeatureMap:
 
     def vectors(self, thetas: Thetas) -> Array:
         """θ as rows [T, (N + 4)·M], checked to belong to this corpus."""
-        width = (len(self.scorers) + 4) * len(self.domains)
         if not isinstance(thetas, np.ndarray):
             for i, theta in enumerate(thetas):
                 for what in ("domains", "scorers"):
@@ -119,11 +126,11 @@ class FeatureMap:
                             f"parameters {i}: {what} {', '.join(theirs)}, but those of the corpus are "
                             f"{', '.join(ours)}; use parameters drawn for this corpus"
                         )
-            thetas = np.array([theta.to_vector() for theta in thetas]) if len(thetas) else np.empty((0, width))
-        if thetas.ndim != 2 or thetas.shape[1] != width:
+            thetas = np.array([theta.to_vector() for theta in thetas]) if len(thetas) else np.empty((0, self.width))
+        if thetas.ndim != 2 or thetas.shape[1] != self.width:
             raise InputError(
                 f"parameters: shape {thetas.shape}; {len(self.domains)} domains and {len(self.scorers)} scorers make "
-                f"{width} numbers each; use parameters drawn for this corpus"
+                f"{self.width} numbers each; use parameters drawn for this corpus"
             )
         return thetas
 
@@ -266,4 +273,4 @@ def _derived_columns(statistics: SelectionStatistics) -> Array:
 
 def _derived_names(domains: tuple[str, ...], scorers: tuple[str, ...]) -> list[str]:
     shares = [f"sqrt_share[{domain}]" for domain in domains]
-    return [*shares, "log_selected_tokens", *(f"mean_score[{scorer}]" for scorer in scorers)]
+    return [*shares, SIZE, *(f"mean_score[{scorer}]" for scorer in scorers)]

@@ -1,0 +1,95 @@
+"""``quadmix init``: a starter recipe for somebody's own data, its columns looked up where the data is given."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from quadmix_plugin.corpus import CorpusFile, list_files, read_json_lines
+from quadmix_plugin.errors import UsageError
+from quadmix_plugin.store import atomic_path
+
+_ID_NAMES = ("doc_id", "id", "document_id", "uuid", "uid")
+_TEXT_NAMES = ("text", "content", "raw_content", "document", "body")
+_PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query")
+_RESPONSE_NAMES = ("response", "answer", "output", "completion", "target")
+_TASK_NAMES = ("task", "dataset", "category", "subset")
+
+
+def write_starter(
+    folder: Path, corpus: str | None, validation: str | None, models: str | None
+) -> tuple[Path, list[str]]:
+    """Writes ``recipe.yaml`` into ``folder``; returns its path and what the user should look at.
+
+    Raises:
+        UsageError: there is a recipe already.
+        InputError: the corpus or validation files cannot be read.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise UsageError(f"{path}: there already; give another folder")
+    notes: list[str] = []
+    values = {
+        "corpus_path": corpus and str(Path(corpus).absolute()) if corpus and "://" not in corpus else corpus,
+        "validation_path": validation and str(Path(validation).absolute()),
+        "models": str(Path(models).absolute()) if models else "models",
+        "merge_small": "0",
+        "omega_max": "0.5",
+    }
+    values |= _corpus_columns(corpus, notes)
+    values |= _validation_columns(validation, notes)
+    values["corpus_path"] = values["corpus_path"] or "data/corpus.parquet"
+    values["validation_path"] = values["validation_path"] or "data/validation.jsonl"
+    if not models:
+        notes.append(
+            "models: put the folders tokenizer/, domain/ and one per scorer under models/, or edit their paths"
+        )
+    text = (files("quadmix_plugin.pipelines") / "recipes" / "starter.yaml").read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", str(value))
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path, notes
+
+
+def _corpus_columns(corpus: str | None, notes: list[str]) -> dict[str, str]:
+    if corpus is None:
+        notes.append("corpus: set path, id and text")
+        return {"corpus_id": "null", "corpus_text": "text"}
+    columns = _columns(list_files(corpus)[0])
+    text = _pick(columns, _TEXT_NAMES)
+    if text is None:
+        notes.append(f"corpus.text: none of {', '.join(columns)} is a usual name for the text; set it")
+    found_id = _pick(columns, _ID_NAMES)
+    notes.append(f"corpus: text from {text or '?'!s}, ids from {found_id or 'file name and row'}")
+    return {"corpus_id": found_id or "null", "corpus_text": text or "text"}
+
+
+def _validation_columns(validation: str | None, notes: list[str]) -> dict[str, str]:
+    columns = [] if validation is None else _columns(list_files(validation, "validation")[0])
+    if validation is None:
+        notes.append("validation: set path and the columns of prompt, response and task")
+    picked = {
+        "validation_prompt": _pick(columns, _PROMPT_NAMES),
+        "validation_response": _pick(columns, _RESPONSE_NAMES),
+        "validation_task": _pick(columns, _TASK_NAMES),
+    }
+    for key in ("validation_prompt", "validation_response"):
+        if columns and picked[key] is None:
+            notes.append(f"{key.replace('_', '.')}: none of {', '.join(columns)} is a usual name for it; set it")
+    defaults = {"validation_prompt": "prompt", "validation_response": "response"}
+    return {key: value or defaults.get(key, "null" if columns else "task") for key, value in picked.items()}
+
+
+def _columns(file: CorpusFile) -> list[str]:
+    if file.is_parquet:
+        with fsspec.open(file.path, "rb") as stream:
+            return list(pq.ParquetFile(stream).schema_arrow.names)
+    first: dict[str, Any] = next((content for _, content in read_json_lines(file)), {})
+    return list(first)
+
+
+def _pick(columns: list[str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in columns), None)

@@ -1,0 +1,155 @@
+"""Step 7: report.html over whatever the run directory holds; it makes nothing that is not already there."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.pipelines.context import STEPS, Run
+from quadmix_plugin.pipelines.provenance import provenance
+from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
+from quadmix_plugin.report import ReportData, ScoreHistogram, SearchOutcome, SelectorShares, StepRows, render
+from quadmix_plugin.store import atomic_path
+
+_BINS = 40
+
+
+def report(run: Run) -> None:
+    """Writes ``report.html``; steps that have not run are named in it."""
+    done = {name for name in STEPS if name != "report" and run.step(name).is_done}
+    data = ReportData(
+        title=run.recipe.name,
+        created_from={name: run.keys[name][:16] for name in STEPS if name in done},
+        steps=_steps(run, done),
+        domains=_domains(run, done) if "normalise" in done else None,
+        scores=_scores(run, done) if "normalise" in done else None,
+        theta=_theta(run, done),
+        provenance={key: value for key, value in provenance(run).items() if key != "steps"},
+        warnings=_warnings(run, done),
+        **_search(run, done),
+        **_pretrain(run, done),
+    )
+    page = render(data)
+    with atomic_path(run.directory.root / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _steps(run: Run, done: set[str]) -> list[StepRows]:
+    rows = []
+    for name in STEPS:
+        facts = run.step(name).summary() if name in done else None
+        if facts is not None:
+            rows_in, rows_kept = facts.get("rows_in", run.table.n), facts.get("rows_kept", run.table.n)
+            dropped, seconds = facts.get("dropped", {}), facts.get("seconds")
+            rows.append(StepRows(name, rows_in, rows_kept, dropped, seconds, facts.get("headline", "")))
+    return rows
+
+
+def _domains(run: Run, done: set[str]) -> pa.Table:
+    table, m = run.table, len(run.table.domains)
+    ids = table.domain_ids
+    columns: dict[str, Any] = {
+        "domain": list(table.domains),
+        "documents_before": np.bincount(ids, minlength=m),
+        "tokens_before": table.domain_tokens,
+    }
+    if "select" in done:
+        copies = selected_copies(run)
+        taken = copies > 0
+        columns["documents_after"] = np.bincount(ids[taken], minlength=m)
+        columns["tokens_after"] = np.bincount(ids, weights=table.tokens * copies, minlength=m).astype(np.int64)
+        columns["unique_tokens_after"] = np.bincount(ids[taken], weights=table.tokens[taken], minlength=m).astype(
+            np.int64
+        )
+    return pa.table(columns)
+
+
+def _scores(run: Run, done: set[str]) -> list[ScoreHistogram]:
+    table = run.table
+    after = table.tokens * selected_copies(run) if "select" in done else None
+    histograms = []
+    for n, scorer in enumerate(table.scorers):
+        for kind, values in (("raw", table.scores[:, n]), ("normalised", run.normalised[:, n])):
+            before, edges = np.histogram(values, bins=_BINS, weights=table.tokens)
+            chosen = None if after is None else np.histogram(values, bins=edges, weights=after)[0].astype(float)
+            histograms.append(ScoreHistogram(scorer, kind, edges.astype(float), before.astype(float), chosen))
+    return histograms
+
+
+def _theta(run: Run, done: set[str]) -> Parameters | None:
+    if "select" in done:
+        return Parameters.from_dict(run.step("select").read_json("selection/theta.json"))
+    if "search" in done:
+        return Parameters.from_dict(run.step("search").read_json("search/theta.json"))
+    return None
+
+
+def _search(run: Run, done: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "proxies" in done:
+        found["noise"] = run.step("proxies").read_json("proxies/noise.json")
+    if "search" not in done:
+        return found
+    step = run.step("search")
+    metrics = step.read_json("search/metrics.json")
+    optimum = metrics["optimum"]
+    weights = {task: weight for task, weight in optimum["objective"]["weights"].items() if weight > 0}
+    best = optimum["best_proxy"]
+    facts = {
+        "regressor": run.recipe.search.regressor,
+        "features": run.recipe.search.features,
+        "draws predicted": optimum["draws"],
+        "draws averaged": len(optimum["top"]),
+    }
+    return {
+        **found,
+        "predictions": step.read_table("search/predictions.parquet"),
+        "metrics": {**metrics["targets"], "objective": metrics["objective"]},
+        "search": SearchOutcome(
+            weights, _weighted(optimum["losses"], weights), _weighted(best["losses"], weights), best["number"], facts
+        ),
+    }
+
+
+def _weighted(losses: dict[str, float], weights: dict[str, float]) -> float:
+    return sum(weight * losses[task] for task, weight in weights.items()) / sum(weights.values())
+
+
+def _pretrain(run: Run, done: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "select" in done:
+        selectors = run.step("select").read_json("selection/summary.json")["selectors"]
+        found["selections"] = [
+            SelectorShares(name, facts["domain_tokens"], None if name == QUADMIX else facts["overlap_with_quadmix"])
+            for name, facts in selectors.items()
+        ]
+    if "pretrain" in done:
+        found["results"] = run.step("pretrain").read_table("pretrain/results.parquet")
+        found["curves"] = run.step("pretrain").read_table("pretrain/curves.parquet")
+    return found
+
+
+def _warnings(run: Run, done: set[str]) -> list[str]:
+    warnings = []
+    theta = _theta(run, done)
+    if theta is not None:
+        largest_share = largest_document_share(run)
+        stuck = [d for m, d in enumerate(run.table.domains) if largest_share[m] > theta.omega[m]]
+        if stuck:
+            warnings.append(
+                f"{len(stuck)} domains can select almost nothing: their best document alone may exceed ω under the "
+                f"paper's rule ({', '.join(stuck)}). Set rank.merge_small_domains or rank.ties: mid."
+            )
+    if "label" in done:
+        dropped = (run.step("label").summary() or {}).get("dropped", {})
+        warnings += [f"{n:,} documents dropped: {reason}." for reason, n in dropped.items()]
+    return warnings
+
+
+def largest_document_share(run: Run) -> np.ndarray:
+    """Per domain, the share of its tokens in its largest document: below this an ω selects nothing for certain."""
+    table = run.table
+    largest = np.zeros(len(table.domains))
+    np.maximum.at(largest, table.domain_ids, table.tokens)
+    return largest / np.maximum(table.domain_tokens, 1)

@@ -1,0 +1,113 @@
+"""Step 3: a regressor from parameters to losses, its cross-validated error, and θ*."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from quadmix_plugin import registry
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.search.evaluation import CrossValidation, Metrics, cross_validate
+from quadmix_plugin.search.features import features
+from quadmix_plugin.search.proposals import Proposal, propose
+from quadmix_plugin.search.regressors import Regressor
+
+LOSS_PREFIX = "loss_"
+
+
+def search(run: Run) -> None:
+    """Writes ``search/theta.json``, ``predictions.parquet``, ``metrics.json`` and ``regressor.txt``.
+
+    Raises:
+        InputError: an objective that names a task without losses, or losses that cannot be learned from.
+    """
+    step = run.step("search")
+    if step.is_done:
+        return
+    started = time.monotonic()
+    settings = run.recipe.search
+    thetas, losses = proxy_losses(run)
+    if unknown := sorted(set(settings.objective) - set(losses)):
+        raise InputError(f"search.objective: no losses for {', '.join(unknown)}; tasks are {', '.join(sorted(losses))}")
+    x, _ = features(thetas, run.table, run.normalised, settings.features)
+    judged = cross_validate(_maker(run), x, losses, folds=settings.folds, seed=run.seed_for("folds"))
+    proposal = propose(
+        thetas,
+        losses,
+        run.table,
+        run.normalised,
+        _maker(run),
+        weights=settings.objective or None,
+        features=settings.features,
+        space=run.recipe.space.to_parameter_space(),
+        draws=settings.draws,
+        top=settings.top,
+        average=settings.average,
+        seed=run.seed_for("search"),
+        progress=lambda done: run.progress("search", done, settings.draws),
+    )
+    step.write_json("search/theta.json", proposal.theta.to_dict())
+    step.write_table("search/predictions.parquet", _predictions(judged))
+    step.write_json("search/metrics.json", _metrics(judged, proposal))
+    text = "\n".join(f"# {task}\n{regressor.to_text()}" for task, regressor in proposal.regressors.items())
+    step.write_text("search/regressor.txt", text)
+    objective = _objective_metrics(judged, proposal)
+    step.finish(
+        seconds=round(time.monotonic() - started, 2),
+        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman of the objective {objective.spearman:.2f}",
+    )
+
+
+def proxy_losses(run: Run) -> tuple[list[Parameters], dict[str, NDArray[np.float64]]]:
+    """θ and losses (task → [T]) of the drawn proxies, in their order; repeats left out."""
+    step = run.require("proxies")
+    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "=", "draw")]).sort_by("proxy")
+    table = step.read_table("proxies/losses.parquet")
+    table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == "draw")).sort_by("proxy")
+    if drawn["proxy"].to_pylist() != table["proxy"].to_pylist():
+        raise InputError("proxies/losses.parquet: not the proxies of thetas.parquet; run `quadmix proxies` again")
+    domains, scorers = run.table.domains, run.table.scorers
+    thetas = [Parameters.from_vector(v, len(scorers), domains, scorers) for v in drawn["theta"].to_pylist()]
+    names = [name for name in table.column_names if name.startswith(LOSS_PREFIX)]
+    return thetas, {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names}
+
+
+def _maker(run: Run) -> Callable[[], Regressor]:
+    settings = run.recipe.search
+    return lambda: registry.create("regressors", settings.regressor, settings.options, "search.options")
+
+
+def _predictions(judged: dict[str, CrossValidation]) -> pa.Table:
+    parts = [
+        pa.table(
+            {
+                "proxy": pa.array(range(each.real.size), pa.int32()),
+                "task": pa.array([task] * each.real.size),
+                "real": each.real,
+                "predicted": each.mean_predicted,
+            }
+        )
+        for task, each in judged.items()
+    ]
+    return pa.concat_tables(parts)
+
+
+def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> Metrics:
+    """The metrics of the weighted objective, in standardised losses."""
+    real = proposal.objective.value({task: judged[task].real for task in proposal.objective.tasks})
+    predicted = proposal.objective.value({task: judged[task].mean_predicted for task in proposal.objective.tasks})
+    return Metrics.of(real, predicted)
+
+
+def _metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> dict[str, Any]:
+    tasks = {
+        task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict()} for task, each in judged.items()
+    }
+    objective = _objective_metrics(judged, proposal).to_dict()
+    return {"targets": tasks, "objective": objective, "optimum": proposal.to_dict()}

@@ -1,0 +1,134 @@
+"""What a Dask worker does with a unit of work: one call of one stage, set up once per process.
+
+Errors leave a worker as they are if they survive pickling, else as type and message. Which unit runs when is
+decided on the driver, in ``dask_flow``.
+"""
+
+import asyncio
+import pickle
+import threading
+
+import cloudpickle
+from nemo_curator.backends.base import BaseStageAdapter, NodeInfo, WorkerMetadata
+from nemo_curator.stages.base import ProcessingStage
+from nemo_curator.tasks import Task
+
+from quadmix_plugin.errors import QuadmixError
+
+TOPIC = "quadmix-units"  # a Dask event per finished unit: (run, unit, shards of its outputs)
+
+
+class _Adapter(BaseStageAdapter):
+    """A stage as one worker process holds it; never entered by two threads at once."""
+
+    def __init__(self, stage: ProcessingStage):
+        super().__init__(stage)
+        self.lock = threading.Lock()
+        self.is_set_up = False
+
+
+_ADAPTERS: dict[tuple[str, int], _Adapter] = {}
+_ADAPTERS_LOCK = threading.Lock()
+
+
+def run_unit(place: tuple[str, int], name: str, blob: bytes, inputs: list[list[Task]]) -> list[Task]:
+    """Runs a stage on its inputs and reports what came out; errors arrive on the driver as they are or flattened."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    try:
+        adapter = _adapter(place, blob)
+        with adapter.lock:
+            if not adapter.is_set_up:
+                adapter.setup(WorkerMetadata(worker_id=str(worker.name)))
+                adapter.is_set_up = True
+            outputs = adapter.process_batch([task for part in inputs for task in part])
+    except (Exception, SystemExit) as error:  # a stranger's stage
+        if _is_portable(error):
+            raise
+        raise _flattened(error) from None
+    worker.log_event(TOPIC, (place[0], name, [shard_of(task) for task in outputs]))
+    return outputs
+
+
+def _adapter(place: tuple[str, int], blob: bytes) -> _Adapter:
+    with _ADAPTERS_LOCK:
+        if place not in _ADAPTERS:
+            _ADAPTERS[place] = _Adapter(cloudpickle.loads(blob))
+        return _ADAPTERS[place]
+
+
+def _is_portable(error: BaseException) -> bool:
+    try:
+        back = pickle.loads(cloudpickle.dumps(error))  # noqa: S301  our own bytes
+    except Exception:  # whatever a stranger's __reduce__ or __init__ raises
+        return False
+    return isinstance(error, Exception) and type(back) is type(error)
+
+
+def _flattened(error: BaseException) -> Exception:
+    """An error that survives pickling, with the type, message and exit code of one that does not."""
+    if isinstance(error, QuadmixError):
+        flat = QuadmixError(str(error))
+        flat.exit_code = error.exit_code
+        return flat
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def set_up_node(blob: bytes) -> None:
+    """Calls ``setup_on_node`` of a stage, for the host of this worker."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    host = worker.address.rpartition("://")[2].rpartition(":")[0]
+    try:
+        stage = cloudpickle.loads(blob)
+        BaseStageAdapter(stage).setup_on_node(NodeInfo(node_id=host), WorkerMetadata(worker_id=str(worker.name)))
+    except (Exception, SystemExit) as error:  # a stranger's stage
+        if _is_portable(error):
+            raise
+        raise _flattened(error) from None
+
+
+async def tear_down_run(run: str) -> list[str]:
+    """Tears a run's stages down in this process, off its event loop; returns what went wrong."""
+    return await asyncio.to_thread(_tear_down_adapters, run)
+
+
+def _tear_down_adapters(run: str) -> list[str]:
+    with _ADAPTERS_LOCK:
+        adapters = [_ADAPTERS.pop(place) for place in sorted(_ADAPTERS) if place[0] == run]
+    messages = []
+    for adapter in adapters:
+        with adapter.lock:
+            try:
+                if adapter.is_set_up:
+                    adapter.teardown()
+            except Exception as error:  # a stranger's teardown
+                messages.append(f"stage {adapter.stage.name!r}, teardown: {type(error).__name__}: {error}")
+    return messages
+
+
+def hold(blob: bytes) -> bytes:
+    """The pickled stage as a task of its own: each worker fetches it once, and Dask can make it again."""
+    return blob
+
+
+def pick(outputs: list[Task], i: int) -> list[Task]:
+    """One output of a fan-out."""
+    return [outputs[i]]
+
+
+def shards_of(outputs: list[Task]) -> list[str]:
+    """What to call each task of a unit's outputs."""
+    return [shard_of(task) for task in outputs]
+
+
+def shard_of(task: Task) -> str:
+    """What to call a task in a message: its shard, or its id."""
+    return str(task._metadata.get("shard") or task.task_id)
+
+
+def cause(error: BaseException) -> BaseException | None:
+    """What to chain an error that is shown to."""
+    return error.__cause__ if isinstance(error, QuadmixError) else error

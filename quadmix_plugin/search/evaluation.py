@@ -1,0 +1,181 @@
+"""How far a regressor and a loss can be trusted: cross-validated error, and signal over noise.
+
+Nothing here chooses parameters. Every figure is measured on rows that the model which predicted them had not seen.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.search.regressors import Regressor
+
+Array = NDArray[np.float64]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Agreement of predicted with real losses; a constant prediction has ``spearman`` and ``pearson`` 0.
+
+    ``mae`` in units of the loss; ``r2`` is below 0 where the mean of the real losses would predict better.
+    """
+
+    spearman: float
+    pearson: float
+    mae: float
+    r2: float
+
+    @classmethod
+    def of(cls, real: ArrayLike, predicted: ArrayLike) -> "Metrics":
+        """Metrics of predictions [n] of losses [n] that are not all equal."""
+        from scipy.stats import pearsonr, spearmanr
+        from sklearn.metrics import mean_absolute_error, r2_score
+
+        y, p = np.asarray(real, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+        constant = np.ptp(p) <= 1e-12 * np.abs(p).max()
+        return cls(
+            spearman=0.0 if constant else float(np.asarray(spearmanr(y, p))[0]),
+            pearson=0.0 if constant else float(np.asarray(pearsonr(y, p))[0]),
+            mae=float(mean_absolute_error(y, p)),
+            r2=float(r2_score(y, p)),
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain content for ``metrics.json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CrossValidation:
+    """Out-of-fold predictions of one task.
+
+    ``real`` [n]; ``predicted`` [repeats, n]: each row predicts every proxy once, by a model that had not seen it;
+    ``metrics``: mean over the repeats; ``spread``: their standard deviation (0 for one repeat).
+    """
+
+    real: Array
+    predicted: Array
+    metrics: Metrics
+    spread: Metrics
+
+    @property
+    def mean_predicted(self) -> Array:
+        """The mean over the repeats [n], for tables and figures."""
+        return self.predicted.mean(axis=0)
+
+
+def cross_validate(
+    make: Callable[[], Regressor],
+    x: ArrayLike,
+    losses: Mapping[str, ArrayLike],
+    *,
+    folds: int = 5,
+    repeats: int = 3,
+    seed: int = 0,
+) -> dict[str, CrossValidation]:
+    """Repeated K-fold cross-validation of a regressor, per task.
+
+    ``make`` returns a new regressor; ``x`` [n, f]; ``losses``: task → [n]. All tasks share the same folds.
+
+    Raises:
+        InputError: as ``require_losses``, fewer rows than folds, or two rows with the same features (repeats of one θ
+            in two folds would make the error look smaller than it is).
+    """
+    from sklearn.model_selection import RepeatedKFold
+
+    features = np.asarray(x, dtype=np.float64)
+    real = require_losses(losses, len(features))
+    if folds < 2 or repeats < 1 or len(features) < folds:
+        raise InputError(
+            f"cross-validation: {len(features)} rows, {folds} folds, {repeats} repeats; give at least 2 folds, "
+            f"1 repeat and one row for each fold"
+        )
+    _, first, counts = np.unique(features, axis=0, return_index=True, return_counts=True)
+    if (counts > 1).any():
+        example = first[np.argmax(counts > 1)]
+        rows = np.flatnonzero((features == features[example]).all(axis=1))
+        raise InputError(f"cross-validation: rows {rows[:5].tolist()} have the same features; keep one of them")
+    predicted = {task: np.empty((repeats, len(features))) for task in real}
+    splits = RepeatedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(features)
+    for i, (train, held) in enumerate(splits):
+        for task, y in real.items():
+            model = make()
+            model.fit(features[train], y[train])
+            predicted[task][i // folds, held] = model.predict(features[held])
+    return {task: _summary(y, predicted[task]) for task, y in real.items()}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much of a task's loss is θ and how much is chance.
+
+    ``theta_sd``: standard deviation across θ (it holds the noise of one run each); ``noise_sd``: across seeds of one
+    θ; ``signal_to_noise``: their ratio, None when the repeats are equal; ``repeats``: how many seeds.
+    """
+
+    theta_sd: float
+    noise_sd: float
+    signal_to_noise: float | None
+    repeats: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain content for ``noise.json``."""
+        return asdict(self)
+
+
+def noise(repeats: ArrayLike, across: ArrayLike, task: str = "loss") -> Noise:
+    """Signal and noise of a task: ``repeats`` are losses of one θ under several seeds, ``across`` those of many θ.
+
+    Raises:
+        InputError: fewer than two losses in either, or losses that are not finite.
+    """
+    same, different = np.asarray(repeats, dtype=np.float64), np.asarray(across, dtype=np.float64)
+    for name, values in (("repeats of one θ", same), ("θ", different)):
+        if values.ndim != 1 or values.size < 2:
+            raise InputError(f"noise of {task}: {values.size} {name}; at least 2 are needed")
+        if not np.isfinite(values).all():
+            raise InputError(f"noise of {task}: losses of {name} are not finite: {values.tolist()[:5]}; drop them")
+    noise_sd, theta_sd = float(same.std(ddof=1)), float(different.std(ddof=1))
+    if noise_sd == 0.0:
+        _log.warning("%s: all %d repeats have the same loss; does the trainer use its seed?", task, same.size)
+    return Noise(theta_sd, noise_sd, theta_sd / noise_sd if noise_sd else None, same.size)
+
+
+def require_losses(losses: Mapping[str, ArrayLike], rows: int) -> dict[str, Array]:
+    """The losses as float64 [rows] per task.
+
+    Raises:
+        InputError: no task, another number of rows, losses that are not finite (with their rows), or all equal.
+    """
+    if not losses:
+        raise InputError("losses: no task; give at least one column of losses")
+    checked = {}
+    for task, values in losses.items():
+        y = np.asarray(values, dtype=np.float64)
+        if y.shape != (rows,):
+            raise InputError(f"losses of {task}: shape {y.shape} for {rows} rows of features; give one loss per row")
+        if (bad := ~np.isfinite(y)).any():
+            raise InputError(
+                f"losses of {task}: {int(bad.sum())} are not finite, rows {np.flatnonzero(bad)[:5].tolist()}; leave "
+                f"failed proxies out"
+            )
+        if rows < 2 or np.ptp(y) == 0.0:
+            raise InputError(
+                f"losses of {task}: all {rows} rows have the same loss {y[:1].tolist()}; there is nothing to learn, "
+                f"leave the task out"
+            )
+        checked[task] = y
+    return checked
+
+
+def _summary(real: Array, predicted: Array) -> CrossValidation:
+    each = [Metrics.of(real, row).to_dict() for row in predicted]
+    mean = Metrics(**{name: float(np.mean([m[name] for m in each])) for name in each[0]})
+    spread = Metrics(**{name: float(np.std([m[name] for m in each])) for name in each[0]})
+    return CrossValidation(real, predicted, mean, spread)
