@@ -9,6 +9,7 @@ from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
+from quadmix_plugin.ranking import RankMap
 from quadmix_plugin.report import ReportData, ScoreHistogram, SearchOutcome, SelectorShares, StepRows, render
 from quadmix_plugin.store import atomic_path
 
@@ -132,24 +133,22 @@ def _pretrain(run: Run, done: set[str]) -> dict[str, Any]:
 
 def _warnings(run: Run, done: set[str]) -> list[str]:
     warnings = []
-    theta = _theta(run, done)
-    if theta is not None:
-        largest_share = largest_document_share(run)
-        stuck = [d for m, d in enumerate(run.table.domains) if largest_share[m] > theta.omega[m]]
-        if stuck:
-            warnings.append(
-                f"{len(stuck)} domains can select almost nothing: their best document alone may exceed ω under the "
-                f"paper's rule ({', '.join(stuck)}). Set rank.merge_small_domains or rank.ties: mid."
-            )
+    if "select" in done and (stuck := domains_out_of_reach(run)):
+        warnings.append(
+            f"{len(stuck)} domains select almost nothing: the best document alone exceeds ω under the paper's rule "
+            f"({', '.join(stuck)}). Set rank.merge_small_domains, or rank.ties: mid."
+        )
     if "label" in done:
         dropped = (run.step("label").summary() or {}).get("dropped", {})
         warnings += [f"{n:,} documents dropped: {reason}." for reason, n in dropped.items()]
     return warnings
 
 
-def largest_document_share(run: Run) -> np.ndarray:
-    """Per domain, the share of its tokens in its largest document: below this an ω selects nothing for certain."""
-    table = run.table
-    largest = np.zeros(len(table.domains))
-    np.maximum.at(largest, table.domain_ids, table.tokens)
-    return largest / np.maximum(table.domain_tokens, 1)
+def domains_out_of_reach(run: Run) -> list[str]:
+    """Domains whose best tie group alone has a rank above their ω, so that only ε is left of Eq. 3."""
+    step = run.step("select")
+    theta = Parameters.from_dict(step.read_json("selection/theta.json"))
+    ranks = RankMap.from_table(step.read_table("selection/rank_map.parquet"))
+    present, first = np.unique(ranks.domain_ids, return_index=True)
+    best = ranks.rank(ranks.merged[first], present, run.recipe.rank.ties)
+    return [theta.domains[m] for m, rank in zip(present, best, strict=True) if rank > theta.omega[m]]

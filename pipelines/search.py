@@ -60,7 +60,7 @@ def search(run: Run) -> None:
     objective = _objective_metrics(judged, proposal)
     step.finish(
         seconds=round(time.monotonic() - started, 2),
-        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman of the objective {objective.spearman:.2f}",
+        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman {objective.spearman:.2f}",
     )
 
 

@@ -5,6 +5,7 @@ are relative to the recipe's folder. A fault is one line with the place, the val
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -320,7 +321,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(each) for each in value]
-        return str(base / value) if isinstance(value, str) and "://" not in value else value
+        return os.path.normpath(base / value) if isinstance(value, str) and "://" not in value else value
 
     def model(value: Any) -> Any:
         """A model is a folder where one of that name is there or it is written like a path; otherwise a hub id."""

@@ -8,6 +8,7 @@ they are those of one process. What a worker does
 with a unit is in ``dask_worker``, what starts and stops a cluster in ``executors``.
 """
 
+import contextlib
 import heapq
 import logging
 import uuid
@@ -114,8 +115,9 @@ class Flow:
                     self._finish(future)
             self._end()
         finally:
-            self._client.unsubscribe_topic(TOPIC)
-            self._client.cancel([future for _, future in (*self._flying.values(), *self._suspects)])
+            with contextlib.suppress(OSError, TimeoutError):  # of a scheduler that is gone
+                self._client.unsubscribe_topic(TOPIC)
+                self._client.cancel([future for _, future in (*self._flying.values(), *self._suspects)])
         return [task for _, outputs in sorted(self._results, key=lambda item: item[0]) for task in outputs]
 
     def abandon(self) -> None:
@@ -232,6 +234,8 @@ class Flow:
 
     def _finish(self, future: "Future") -> None:
         unit, future = self._flying.pop(future.key)
+        if future.cancelled():
+            raise QuadmixError("executor: the connection to the Dask scheduler was lost; run the command again")
         try:
             if future.status != "finished":
                 future.result()

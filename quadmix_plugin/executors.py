@@ -161,7 +161,9 @@ class DaskExecutor(BaseExecutor):
             try:
                 client = self._connect()
                 offers = client.scheduler_info()["workers"].values()
-                self._refuse_missing_gpus(stages, max(worker["resources"].get("GPU", 0) for worker in offers))
+                self._refuse_missing_gpus(
+                    stages, max((worker["resources"].get("GPU", 0) for worker in offers), default=0)
+                )
                 flow = Flow(client, stages, 2 * sum(client.nthreads().values()), self.on_progress)
                 return flow.run(tasks)
             except BaseException as error:

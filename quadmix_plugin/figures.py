@@ -30,7 +30,9 @@ COLOURS = {
     "accent": "#0067a5",
     "before": "#8b949e",
     "heat": "#08519c",
-    "heat-mid": "#1b1f25",
+    "heat-low": "#1b1f25",
+    "heat-mid": "#000000",
+    "heat-high": "#ffffff",
     "series1": "#d55e00",
     "series2": "#00855f",
     "series3": "#b0578d",
@@ -41,7 +43,7 @@ _ROLE_OF = {value: name for name, value in COLOURS.items()}
 _SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _TEXT = 11  # px, as all lengths below
-_RC: dict[str, Any] = {
+_RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quadmix-plugin",
     "text.parse_math": False,
@@ -54,13 +56,14 @@ _RC: dict[str, Any] = {
     "axes.labelcolor": COLOURS["ink"],
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": _TEXT,
+    "axes.titleweight": "bold",
     "grid.color": COLOURS["line"],
     "grid.linewidth": 0.7,
     "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.labelcolor": COLOURS["ink"],
-    "ytick.labelcolor": COLOURS["ink"],
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "lines.linewidth": 1.6,
@@ -112,7 +115,7 @@ def score_histogram(scorer: str, kind: str, edges: ArrayLike, before: ArrayLike,
             highest = max(highest, new.max())
             axes.stairs(new, np.asarray(edges), color=COLOURS["accent"], linewidth=1.8, baseline=None)
         axes.set_ylim(0, 1.12 * max(highest, 1e-9))
-        axes.set_title(plain(scorer, 34), loc="left", fontsize=_TEXT, fontweight="bold")
+        axes.set_title(plain(scorer, 34))
         axes.set_xlabel("raw score" if kind == "raw" else "normalised score σ(q), best = 0")
         axes.set_ylabel("tokens (%)")
         axes.grid(axis="y")
@@ -126,15 +129,14 @@ def merge_weights(theta: Parameters) -> str:
 
     domains, scorers = _names(theta)
     labels, columns = [plain(name, 27) for name in domains], [plain(name, 14) for name in scorers]
-    left, cell, row = _label_width(labels), max(58, min(100, 300 // len(columns))), 20
+    left, column, row = _label_width(labels), max(58, min(100, 300 // len(columns))), 20
     with _style():
-        figure, axes = _axes(left + cell * len(columns) + 24, 44 + row * len(labels), left, 24, 40, 4)
+        figure, axes = _axes(left + column * len(columns) + 24, 44 + row * len(labels), left, 24, 40, 4)
         for (m, n), weight in np.ndenumerate(theta.alpha):
-            axes.add_patch(
-                Rectangle((n - 0.49, m - 0.46), 0.98, 0.92, facecolor=COLOURS["heat"], alpha=weight, linewidth=0)
-            )
-            # Contrast of at least 4 to the cell in both schemes: the middle band is dark text in both.
-            text = "ink" if weight < 0.5 else "heat-mid" if weight < 0.75 else "paper"
+            cell = Rectangle((n - 0.49, m - 0.46), 0.98, 0.92, facecolor=COLOURS["heat"], alpha=weight, linewidth=0)
+            axes.add_patch(cell)
+            # The contrast to the cell is above 4.3 at each limit, in both schemes.
+            text = "heat-low" if weight < 0.5 else "heat-mid" if weight < 0.75 else "heat-high"
             axes.text(n, m, f"{weight:.2f}", ha="center", va="center", color=COLOURS[text], fontsize=10)
         _rows(axes, labels)
         axes.set_xlim(-0.5, len(columns) - 0.5)
@@ -143,8 +145,7 @@ def merge_weights(theta: Parameters) -> str:
         axes.xaxis.set_label_position("top")
         axes.set_xlabel("weight α of each scorer (rows sum to 1)")
         axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
         means = ", ".join(f"{name} {value:.2f}" for name, value in zip(columns, theta.alpha.mean(0), strict=True))
         return _svg(figure, "weights", "Merge weights per domain", f"Mean weight over domains: {means}.")
 
@@ -158,13 +159,13 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
     grid = grid[(grid > 0) & (grid <= rank_limit)]
     value = sampling_value(grid, np.full(grid.size, domain), theta)
     with _style():
-        figure, axes = _axes(216, 158, 42, 6, 24, 38)
+        figure, axes = _axes(188, 152, 40, 6, 22, 38)
         axes.fill_between(100 * grid, value, color=COLOURS["accent"], alpha=0.18, linewidth=0)
         axes.plot(100 * grid, value, color=COLOURS["accent"])
         axes.set_xlim(0, 100 * rank_limit)
         axes.set_ylim(0, value_limit)
         axes.locator_params(nbins=4)
-        axes.set_title(plain(name, 27), loc="left", fontsize=_TEXT, fontweight="bold")
+        figure.text(0.02, 0.93, plain(name, 26), fontsize=10, fontweight="bold")
         axes.set_xlabel("r̄ (% of domain tokens)", fontsize=10, labelpad=2)
         axes.set_ylabel("S (copies)", fontsize=10, labelpad=2)
         axes.grid()
@@ -187,17 +188,16 @@ def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: f
     with _style():
         figure, axes = _axes(320, 310, 58, 12, 26, 46)
         if noise_sd is not None and np.isfinite(noise_sd):
-            axes.fill_between(
-                limits, limits - noise_sd, limits + noise_sd, color=COLOURS["before"], alpha=0.25, linewidth=0
-            )
+            band = (limits - noise_sd, limits + noise_sd)
+            axes.fill_between(limits, *band, color=COLOURS["before"], alpha=0.25, linewidth=0)
         axes.plot(limits, limits, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(x[finite], y[finite], "o", color=COLOURS["accent"], alpha=0.75, markersize=5, markeredgewidth=0)
         axes.set_xlim(*limits)
         axes.set_ylim(*limits)
         axes.locator_params(nbins=5)
         axes.grid()
-        axes.set_title(plain(task, 22), loc="left", fontsize=_TEXT, fontweight="bold")
-        axes.set_title(plain(note), loc="right", fontsize=10, color=COLOURS["muted"])
+        axes.set_title(plain(task, 22))
+        axes.set_title(plain(note), loc="right", fontsize=10, fontweight="normal", color=COLOURS["muted"])
         axes.set_xlabel("real loss (nats per token)")
         axes.set_ylabel("predicted loss (nats per token)")
         title = f"Predicted against real loss: {plain(task)}"
@@ -209,7 +209,7 @@ def seed_dots(measure: str, losses: Mapping[str, Sequence[float]], highlight: st
     labels = [plain(name, 24) for name in losses]
     left = _label_width(labels)
     with _style():
-        figure, axes = _axes(left + 230, 76 + 26 * len(labels), left, 14, 28, 44)
+        figure, axes = _axes(left + 206, 76 + 26 * len(labels), left, 14, 28, 44)
         described = []
         for y, (name, values) in enumerate(losses.items()):
             seeds = np.asarray(values, dtype=np.float64)
@@ -232,7 +232,7 @@ def seed_dots(measure: str, losses: Mapping[str, Sequence[float]], highlight: st
         axes.margins(x=0.08)
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x")
-        axes.set_title(plain(measure, 40), loc="left", fontsize=_TEXT, fontweight="bold")
+        axes.set_title(plain(measure, 40))
         axes.set_xlabel("loss (nats per token), lower is better")
         title = f"Loss per selector and seed: {plain(measure)}"
         return _svg(figure, f"seeds {measure}", title, "Means: " + "; ".join(described) + ".")
@@ -247,21 +247,19 @@ def training_curves(curves: Mapping[str, Sequence[tuple[Array, Array]]], highlig
     scale, unit = _token_unit(max(float(x[-1]) for name in names for x, _ in curves[name]))
     drawn = {name: _mean_curve(curves[name]) for name in names}
     with _style():
-        figure, axes = _axes(720, 340, 54, 176, 12, 46)
+        figure, axes = _axes(680, 330, 54, 166, 12, 46)
         for i, name in enumerate(names):
             x, mean, low, high = drawn[name]
-            colour, dash = _line(i) if name != highlight else (COLOURS["accent"], "-")
+            colour, dash, width = _line(i, name == highlight)
             axes.fill_between(x / scale, low, high, color=colour, alpha=0.14, linewidth=0)
-            axes.plot(
-                x / scale, mean, color=colour, linestyle=dash, linewidth=2.6 if name == highlight else 1.5, zorder=3
-            )
+            axes.plot(x / scale, mean, color=colour, linestyle=dash, linewidth=width, zorder=3)
         low, high = _visible(drawn)
         axes.set_ylim(low, high)
         axes.margins(x=0)
         axes.grid()
         axes.set_xlabel(f"tokens seen ({unit})" if unit else "tokens seen")
         axes.set_ylabel("training loss (nats per token)")
-        _end_labels(axes, drawn, highlight, (low, high), 282)
+        _end_labels(axes, drawn, highlight, (low, high), 272)
         ends = "; ".join(f"{plain(name)} {drawn[name][1][-1]:.3f}" for name in names)
         return _svg(figure, "training", "Training loss against tokens seen", f"Final training loss: {ends}.")
 
@@ -270,8 +268,10 @@ _BESIDE: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset poi
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
-def _line(i: int) -> tuple[str, Any]:
-    return COLOURS[f"series{i % 5 + 1}"], _DASHES[i % len(_DASHES)]
+def _line(i: int, highlighted: bool) -> tuple[str, Any, float]:
+    if highlighted:
+        return COLOURS["accent"], "-", 2.6
+    return COLOURS[f"series{i % 5 + 1}"], _DASHES[i % len(_DASHES)], 1.5
 
 
 def _mean_curve(seeds: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Array, Array]:
@@ -302,14 +302,11 @@ def _end_labels(axes: Any, drawn: Mapping[str, Any], highlight: str, limits: tup
         places.append(max(end, places[-1] + step) if places else end)
     excess = max(0.0, places[-1] - high) if places else 0.0
     for i, y in zip(order, places, strict=True):
-        bold = names[i] == highlight
-        colour, dash = _line(i) if not bold else (COLOURS["accent"], "-")
+        colour, dash, _ = _line(i, names[i] == highlight)
         at = (y - excess - low) / (high - low)
         axes.plot([1.01, 1.05], [at, at], transform=axes.transAxes, clip_on=False, color=colour, linestyle=dash)
-        weight = "bold" if bold else "normal"
-        axes.text(
-            1.065, at, plain(names[i], 20), transform=axes.transAxes, va="center", color=colour, fontweight=weight
-        )
+        label = axes.text(1.065, at, plain(names[i], 20), transform=axes.transAxes, va="center", color=colour)
+        label.set_fontweight("bold" if names[i] == highlight else "normal")
 
 
 def _token_unit(largest: float) -> tuple[float, str]:
@@ -371,14 +368,9 @@ def _svg(figure: Any, name: str, title: str, description: str) -> str:
     for element in root.iter():
         _follow_page(element, prefix)
     width, height = (round(float(root.attrib[side].removesuffix("pt"))) for side in ("width", "height"))
-    root.attrib = {
-        "xmlns": _SVG,
-        "width": str(width),
-        "height": str(height),
-        "viewBox": root.attrib["viewBox"],
-        "role": "img",
-        "aria-labelledby": f"{prefix}title {prefix}desc",
-    }
+    root.attrib = {"xmlns": _SVG, "width": str(width), "height": str(height), "viewBox": root.attrib["viewBox"]}
+    root.attrib |= {"style": f"--least: {round(0.8 * width)}px", "role": "img"}
+    root.attrib["aria-labelledby"] = f"{prefix}title {prefix}desc"
     for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         child = ElementTree.Element(tag, {"id": prefix + tag})
         child.text = plain(text)

@@ -160,9 +160,7 @@ def check_tokens(tokens: NDArray[Any], vocabulary: int, place: str) -> TokenChec
     return TokenCheck(int(share.size), entropy)
 
 
-def _read_index(
-    bin_path: Path, idx_path: Path
-) -> tuple[NDArray[np.int64], NDArray[np.int64], np.dtype[Any]]:
+def _read_index(bin_path: Path, idx_path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], np.dtype[Any]]:
     """Copies of document ends and sequence lengths, and the type, as megatron-core's reader sees them."""
     dataset_class = _indexed("IndexedDataset")
     with tempfile.TemporaryDirectory(prefix="quadmix-") as folder:

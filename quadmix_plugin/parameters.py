@@ -5,7 +5,7 @@ Nothing here reads data: see ``ranking`` for Eq. 1 and 2 and ``sampling`` for Eq
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -50,7 +50,7 @@ class Parameters:
             object.__setattr__(self, name, values)
         for name in ("domains", "scorers"):
             names = getattr(self, name)
-            if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
                 raise InputError(f"{name}: {names!r}; give a list of names")
             object.__setattr__(self, name, tuple(names))
         self._check()
@@ -255,7 +255,7 @@ def sample_parameter_vectors(n: int, n_scorers: int, n_domains: int, seed: int, 
     lam, omega, eta, epsilon = np.moveaxis(rest.reshape(n, 4, n_domains), 1, 0)
     decades = np.log10(space.lam_max / space.lam_min)
     columns = (
-        weights.reshape(n, -1),
+        weights.reshape(n, n_domains * n_scorers),
         space.lam_min * 10.0 ** (decades * lam),
         space.omega_max * omega,
         space.eta_max * eta,

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
-from quadmix_plugin.errors import RecipeError
+from quadmix_plugin.errors import InputError, RecipeError
 
 GROUPS = {
     name: f"quadmix_plugin.{name}" for name in ("scorers", "domain_classifiers", "selectors", "regressors", "trainers")
@@ -74,6 +74,8 @@ def create(group: str, name: str, options: Mapping[str, Any] | None = None, plac
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as error:
         raise RecipeError(f"{prefix}{explain(error, known)}") from error
+    except InputError as error:  # from the plug-in's own check of its options
+        raise RecipeError(f"{place}: {error}" if place else str(error)) from error
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise RecipeError(
             f"{prefix}{name}: the fields of {cls.__qualname__} cannot be read as options ({error.message}); annotate "

@@ -7,6 +7,7 @@ nothing, runs nothing and escapes every name.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.verdict import OBJECTIVE, RULE, Verdict, judge
 
 LOSS_PREFIX = "loss_"
-_MAX_CURVES = 24
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,8 @@ def render(data: ReportData) -> str:
         lstrip_blocks=True,
         finalize=lambda value: figures.plain(value) if type(value) is str else value,
     )
-    environment.filters |= {
-        "tokens": _tokens,
-        "duration": _duration,
-        "number": _number,
-        "loss": _loss,
-        "signed": _signed,
-    }
+    environment.filters |= {"tokens": _tokens, "duration": _duration, "number": _number}
+    environment.filters |= {"loss": partial(_number, form=".4f"), "signed": partial(_number, form="+.4f")}
     results = _results(data)
     verdict = judge(results["losses"], data.quadmix) if results else None
     context = {
@@ -153,7 +148,7 @@ def render(data: ReportData) -> str:
         "steps": _steps(data.steps),
         "domains": _domains(data),
         "scores": _scores(data.scores),
-        "weights": _weights(data.theta),
+        "weights": data.theta and Figure(figures.merge_weights(data.theta), "Merge weights per domain", wide=True),
         "sampling": _sampling(data.theta),
         "predictions": _predictions(data),
         "results": results,
@@ -217,10 +212,6 @@ def _scores(scores: Sequence[ScoreHistogram] | None) -> list[Figure] | None:
     ]
 
 
-def _weights(theta: Parameters | None) -> Figure | None:
-    return None if theta is None else Figure(figures.merge_weights(theta), "Merge weights per domain", wide=True)
-
-
 def _sampling(theta: Parameters | None) -> dict[str, Any] | None:
     """A curve per domain on shared axes, and the numbers behind it."""
     if theta is None:
@@ -239,7 +230,7 @@ def _sampling(theta: Parameters | None) -> dict[str, Any] | None:
 
 def _predictions(data: ReportData) -> dict[str, Any] | None:
     """A scatter per task and one row per task of errors and noise."""
-    if data.predictions is None and data.metrics is None:
+    if data.predictions is None and data.metrics is None and data.search is None:
         return None
     metrics, noise = data.metrics or {}, data.noise or {}
     points: dict[str, list[tuple[float, float]]] = {}
@@ -353,8 +344,7 @@ def _curves(data: ReportData) -> Figure | None:
         curves.setdefault(selector, []).append((x, y))
     if not curves:
         return None
-    shown = dict(list(curves.items())[:_MAX_CURVES])
-    return Figure(figures.training_curves(shown, data.quadmix), "Training loss against tokens seen", wide=True)
+    return Figure(figures.training_curves(curves, data.quadmix), "Training loss against tokens seen", wide=True)
 
 
 def _unequal(results: dict[str, Any] | None) -> list[str]:
@@ -407,12 +397,4 @@ def _duration(seconds: float | None) -> str:
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
-    return "–" if value is None or not np.isfinite(value) else format(value, form)
-
-
-def _loss(value: float | None) -> str:
-    return _number(value, ".4f")
-
-
-def _signed(value: float | None) -> str:
-    return _number(value, "+.4f").replace("-", "−")
+    return "–" if value is None or not np.isfinite(value) else format(value, form).replace("-", "−")

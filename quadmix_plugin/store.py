@@ -328,7 +328,7 @@ def _concerns(path: Path, error: OSError) -> bool:
     if not isinstance(error.filename, str | os.PathLike):
         return True
     named = Path(error.filename)
-    return named.parent == path.parent or named == path or named in path.parents
+    return named.parent == path.parent or named.is_relative_to(path) or path.is_relative_to(named)
 
 
 def sha256_file(path: Path) -> str:

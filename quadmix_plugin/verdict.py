@@ -21,8 +21,9 @@ RULE = (
     "Lower loss is better. The difference is the baseline's mean loss minus that of QuaDMix. It counts as outside "
     "the noise when the 95 % Welch t interval of the difference excludes zero and the difference is at least one "
     "pooled standard deviation over seeds. A difference below one pooled standard deviation is a near-tie; one in "
-    "between is a lean that these seeds do not settle. The strongest baseline is the one with the lowest mean here. At least two seeds on each side are needed. Each interval "
-    "stands alone: nothing corrects for the number of comparisons. Seeds vary the training, not the search for θ*."
+    "between is a lean that these seeds do not settle. At least two seeds on each side are needed. The strongest "
+    "baseline is the one with the lowest mean here. Each interval stands alone: nothing corrects for the number of "
+    "comparisons. Seeds vary the training, not the search for θ*."
 )
 
 
@@ -149,8 +150,9 @@ def _numbers(c: Comparison) -> str:
         return f"{text} ({c.seeds} and {c.rival_seeds} seeds)."
     way = "lower" if c.difference > 0 else "higher"
     low, high = sorted((c.low, c.high)) if c.difference > 0 else sorted((-c.low, -c.high))
+    interval = f"{low:.4f} to {high:.4f}".replace("-", "−")
     return (
-        f"{text}: {abs(c.difference):.4f} {way} (95 % interval {low:.4f} to {high:.4f}), where one pooled standard "
+        f"{text}: {abs(c.difference):.4f} {way} (95 % interval {interval}), where one pooled standard "
         f"deviation over {c.seeds} and {c.rival_seeds} seeds is {c.pooled_sd:.4f}."
     )
 

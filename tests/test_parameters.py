@@ -191,7 +191,7 @@ def test_files_that_are_not_parameters_are_refused_by_name(tmp_path) -> None:
         "missing.json": (json.dumps({"alpha": [[1]]}), r"found \['alpha'\]; parameters have the keys"),
         "extra.json": (json.dumps({**GOOD, "gamma": 1}), "found .*gamma.*; parameters have the keys"),
         "value.json": (json.dumps({**GOOD, "omega": [2, 1]}), r"omega\[Arts\] = 2; give a share"),
-        "null.json": (json.dumps({**GOOD, "domains": None}), "NoneType"),
+        "null.json": (json.dumps({**GOOD, "domains": None}), "domains: None; give a list of names"),
         "nan.json": (json.dumps({**GOOD, "eta": [math.nan, 0]}), r"eta\[0\] = nan"),
     }
     for name, (content, says) in cases.items():

@@ -128,9 +128,7 @@ def test_maps_of_random_partitions_merge_to_the_map_of_all(data, parts: int, see
     np.testing.assert_array_equal(merged.rank(*data[:2], ties), quality_rank(*data, ties))
     for p in range(parts):
         rows = part == p
-        np.testing.assert_array_equal(
-            merged.rank(data[0][rows], data[1][rows], ties), quality_rank(*data, ties)[rows]
-        )
+        np.testing.assert_array_equal(merged.rank(data[0][rows], data[1][rows], ties), quality_rank(*data, ties)[rows])
 
 
 def test_merging_is_associative() -> None:

@@ -195,7 +195,7 @@ class TorchTrainer:
 
         if self.dtype == "float32":
             return None
-        if self.dtype == "auto" and device.type == "cpu" and not torch.cpu.is_amx_tile_supported():
+        if self.dtype == "auto" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
             return None
         return torch.bfloat16
 

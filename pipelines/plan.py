@@ -1,0 +1,122 @@
+"""``quadmix plan``: what a recipe would do and what of it is already there; reads no text and starts nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from quadmix_plugin import registry
+from quadmix_plugin.config import Recipe
+from quadmix_plugin.models import model_folder
+from quadmix_plugin.pipelines.context import STEPS, Run, executor_of
+from quadmix_plugin.store import RunDirectory
+
+_FLOPS = 990e12 * 0.4
+"""An H200's dense bf16 peak at 40 % utilisation."""
+
+_BYTES_PER_TOKEN = 4.0
+
+
+def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Quantities, and one row per step: its state and its work.
+
+    Raises:
+        InputError: the corpus or validation files are not there.
+    """
+    run = Run(recipe, RunDirectory(out), lambda: executor_of(recipe))
+    _ = run.validation_files
+    labelled = run.step("label").is_done and run.step("normalise").is_done
+    documents = run.table.n if labelled else _documents(run)
+    tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
+    flops = {section: _flops_per_token(recipe, section) for section in ("proxy", "pretrain")}
+    runs = (len(recipe.select.compare) + 1) * len(recipe.pretrain.seeds)
+    proxies = recipe.proxy.number + recipe.proxy.repeats - 1
+    hours = {
+        "proxies": proxies * recipe.proxy.tokens * flops["proxy"] / _FLOPS / 3600,
+        "pretrain": runs * recipe.pretrain.tokens * flops["pretrain"] / _FLOPS / 3600,
+    }
+    about = "" if labelled else "about "
+    count = f"{documents:,}" if documents is not None else "an unknown number of"
+    work = {
+        "label": f"{count} documents in {len(run.corpus_files)} files, {len(recipe.scorers)} scorers",
+        "normalise": f"σ of {len(recipe.scorers)} scorers",
+        "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens, {hours['proxies']:.3g} GPU-hours",
+        "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
+        "select": f"θ* and {', '.join(recipe.select.compare)}",
+        "export": f"{len(recipe.select.compare) + 1} pairs of .bin/.idx",
+        "pretrain": f"{runs} models × {recipe.pretrain.tokens:,} tokens, {hours['pretrain']:.3g} GPU-hours",
+        "report": "report.html",
+    }
+    return {
+        "name": recipe.name,
+        "out": str(out),
+        "quantities": {
+            "documents": documents,
+            "tokens": f"{about}{tokens:,}",
+            "proxies": proxies,
+            "GPU-hours": f"{sum(hours.values()):.3g} (H200 at 40 % of its bf16 peak)",
+            "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
+        },
+        "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in STEPS],
+    }
+
+
+def _state(run: Run, name: str) -> str:
+    step = run.step(name)
+    if name == "report":
+        return "done" if (run.directory.root / "report.html").exists() else "to do"
+    if step.is_done:
+        return "done"
+    made = len(step.entries())
+    return f"begun, {made} artifacts" if made else "to do"
+
+
+def _documents(run: Run) -> int | None:
+    """Rows from the footers; None when there are files without a footer."""
+    rows = 0
+    for file in run.corpus_files:
+        if not file.is_parquet:
+            return None
+        with fsspec.open(file.path, "rb") as stream:
+            rows += pq.ParquetFile(stream).metadata.num_rows
+    return rows
+
+
+def _estimated_tokens(run: Run) -> int:
+    """From the bytes of the text: its uncompressed size in Parquet footers, or the size of the files."""
+    total = 0
+    for file in run.corpus_files:
+        if not file.is_parquet:
+            total += file.bytes
+            continue
+        with fsspec.open(file.path, "rb") as stream:
+            metadata = pq.ParquetFile(stream).metadata
+        columns = [
+            metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)
+        ]
+        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == run.recipe.corpus.text)
+    return int(total / _BYTES_PER_TOKEN)
+
+
+def _flops_per_token(recipe: Recipe, section: str) -> float:
+    """6 × the weights that a token passes through: all but the input embedding."""
+    settings = getattr(recipe, section)
+    shape = registry.create("trainers", settings.trainer, settings.options, f"{section}.options").model_shape(
+        _vocabulary(recipe)
+    )
+    return 6.0 * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.width))
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    folder = model_folder(recipe.tokenizer.model, recipe.tokenizer.revision)
+    content = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    return len(content["model"]["vocab"]) + len(content.get("added_tokens", []))
+
+
+def _disk(recipe: Recipe, documents: int | None, tokens: int) -> float:
+    """Labels, the pool, the selections (at most the window of each domain) and their token files."""
+    labels = (documents or tokens / 1000) * (24 + 4 * len(recipe.scorers))
+    selected = min(1.0, recipe.space.omega_max) * tokens * 4.0 * (len(recipe.select.compare) + 1)
+    return labels * 2 + tokens * 4.0 + selected

@@ -1,0 +1,143 @@
+"""Recipes: every fault is one line with place, value and remedy, found before any work."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, load_recipe
+from quadmix_plugin.errors import RecipeError
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "pipelines" / "recipes" / "quickstart.yaml"
+
+
+def _faulty(tmp_path: Path, **changes: object) -> Path:
+    """The quickstart recipe with absolute paths and some dotted keys set, or removed when the value is ``...``."""
+    content = load_recipe(QUICKSTART).model_dump(mode="json")
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        target = content
+        for parent in parents:
+            target = target[parent]
+        if value is ...:
+            del target[last]
+        else:
+            target[last] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_quickstart_recipe_loads_with_absolute_paths() -> None:
+    recipe = load_recipe(QUICKSTART)
+    assert Path(str(recipe.corpus.path)).is_file()
+    assert Path(recipe.tokenizer.model).is_absolute()
+    assert list(recipe.scorers) == ["fineweb-edu", "dclm-fasttext", "ask-llm"]
+
+
+def test_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(QUICKSTART)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"proxy__nubmer": 4}, "proxy.nubmer: unknown key; did you mean 'number'?"),
+        ({"select__omgea": 4}, "select.omgea: unknown key"),
+        ({"copus": {}}, "copus: unknown key; did you mean 'corpus'?"),
+        ({"proxy__number": "many"}, "proxy.number: input should be a valid integer; found 'many'"),
+        ({"proxy__number": 3}, "proxy.number: input should be greater than or equal to 8; found 3"),
+        ({"corpus__path": ...}, "corpus.path: missing; give a value"),
+        ({"scorers": {}}, "scorers: dictionary should have at least 1 item"),
+        ({"scorers__fineweb-edu__modle": "x"}, "scorers.fineweb-edu.modle: unknown key; did you mean 'model'?"),
+        ({"domain__modell": "x"}, "domain.modell: unknown key; did you mean 'model'?"),
+        ({"domain__classifier": "nvidia-domian"}, "did you mean 'nvidia-domain'?"),
+        ({"search__regressor": "ligthgbm"}, "did you mean 'lightgbm'?"),
+        ({"search__objective": {"arc_easy": 0.0}}, "search.objective: all weights are 0"),
+        ({"space__lam_max": 0.5}, "space: lam_max 0.5 is below lam_min 1.0"),
+        ({"name": "../x"}, "name: string should match pattern"),
+        ({"executor__name": "spark"}, "executor.name: input should be 'inline', 'dask', 'ray_data' or 'xenna'"),
+        ({"select__compare": {"x": {"selector": "top_k", "scorer_name": "edu"}}}, "scorer_name: 'edu' is not among"),
+        ({"proxy__options": {"shap": "proxy-tiny"}}, "proxy.options.shap: unknown key; did you mean 'shape'?"),
+    ],
+)
+def test_fault_names_key_value_and_remedy(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+    path = _faulty(tmp_path, **changes)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 78
+
+
+def test_unknown_scorer_suggests_the_nearest(tmp_path: Path) -> None:
+    path = _faulty(tmp_path)
+    text = path.read_text(encoding="utf-8").replace("fineweb-edu:", "fineweb-eud:")
+    path.write_text(text.replace("scorer_name: fineweb-edu", "scorer_name: fineweb-eud"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="no plug-in 'fineweb-eud'.*did you mean 'fineweb-edu'"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "line 2: key 'name' is given twice"),
+        ("name: [a\n", "line 2"),
+        ("a: &x [1]\nb: *x\n", "aliases"),
+        ("!!python/object/apply:os.system ['touch CANARY']\n", "line 1"),
+        ("- a\n", "holds list; a recipe is a mapping"),
+        ("", "holds NoneType"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("CANARY", str(tmp_path / "canary")), encoding="utf-8")
+    with pytest.raises(RecipeError, match=".*") as caught:
+        load_recipe(path)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_missing_recipe_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file; `quadmix init DIR`"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_set_overrides_and_checks_like_the_file() -> None:
+    recipe = load_recipe(QUICKSTART, ["proxy.number=64", "search.average=paper"])
+    assert (recipe.proxy.number, recipe.search.average) == (64, "paper")
+    with pytest.raises(RecipeError, match="did you mean 'number'"):
+        load_recipe(QUICKSTART, ["proxy.numbr=64"])
+    with pytest.raises(RecipeError, match="give key=value"):
+        load_recipe(QUICKSTART, ["proxy.number"])
+
+
+def test_every_section_key_misspelt_is_suggested(tmp_path: Path) -> None:
+    content = load_recipe(QUICKSTART).model_dump(mode="json")
+    for section, keys in content.items():
+        if not isinstance(keys, dict) or section in ("scorers", "domain"):
+            continue
+        for key in keys:
+            if len(key) < 4:
+                continue
+            typo = key[0] + key[2] + key[1] + key[3:]
+            if typo in keys:
+                continue
+            with pytest.raises(RecipeError, match=f"{section}.{typo}: unknown key; did you mean '{key}'"):
+                load_recipe(_faulty(tmp_path, **{f"{section}__{typo}": keys[key]}))
+
+
+def test_differing_keys_are_dotted_with_both_values() -> None:
+    old = load_recipe(QUICKSTART).model_dump(mode="json")
+    new = load_recipe(QUICKSTART, ["proxy.number=64"]).model_dump(mode="json")
+    assert differing_keys(old, new) == ["proxy.number: 48 → 64"]
+
+
+def test_every_field_of_every_section_has_a_default_that_validates() -> None:
+    required = {"name", "corpus", "tokenizer", "domain", "scorers", "validation"}
+    assert {name for name, field in Recipe.model_fields.items() if field.is_required()} == required
