@@ -27,7 +27,7 @@ def provenance(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "step_keys": run.keys,
-        "seeds": {"recipe": run.recipe.seed, "draw": run.seed_for("draw")},
+        "seed": run.recipe.seed,
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -31,6 +31,8 @@ def steps_until(last: str | None) -> tuple[str, ...]:
 
 def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     """Runs these steps and returns what the command line prints: seconds per step, headlines, the report's path."""
+    if run.recipe.select.theta:  # parameters are given, so none are searched
+        steps = [name for name in steps if name not in ("proxies", "search")]
     seconds, was_done = {}, {}
     for name in steps:
         started = time.monotonic()

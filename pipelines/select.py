@@ -148,7 +148,7 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
             ties=run.recipe.rank.ties,
             other_domain=other,
         ),
-        SigmoidSample(theta=theta, seed=run.seed_for("draw"), other_domain=other),
+        SigmoidSample(theta=theta, seed=run.recipe.seed, other_domain=other),
         WriteShards(step=step, folder="selection", columns=_COLUMNS),
     ]
     Pipeline("select", stages=stages).run(run.executor, initial_tasks=shard_tasks(todo))

@@ -150,6 +150,14 @@ class Select(Section):
     compare: dict[Name, Options] = Field(default_factory=lambda: {"random": {}})
     """Other selections at the same budget of unique tokens: a name and the options of its ``selector``."""
 
+    @field_validator("compare")
+    @classmethod
+    def _free_names(cls, value: dict[str, Options]) -> dict[str, Options]:
+        for name in ("quadmix", "train"):
+            if name in value:
+                raise ValueError(f"{name!r} stands for the selection of θ* itself; choose another name")
+        return value
+
 
 class Pretrain(Section):
     """The models trained on each selection, for the comparison."""

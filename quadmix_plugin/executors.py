@@ -274,16 +274,14 @@ class RayExecutor(BaseExecutor):
         else:
             from nemo_curator.backends.ray_data import RayDataExecutor as Backend
         if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-            # Xenna asks the dashboard for the state of its actors.
-            dashboard = self.backend == "xenna"
-            cores = self.num_cpus or len(os.sched_getaffinity(0))
-            ray.init(
-                num_cpus=cores,
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",
-                log_to_driver=False,
-            )
+            with _ray_on_loopback():
+                ray.init(
+                    num_cpus=self.num_cpus or len(os.sched_getaffinity(0)),
+                    include_dashboard=self.backend == "xenna",  # Xenna asks it for the state of its actors
+                    dashboard_host="127.0.0.1",
+                    _node_ip_address="127.0.0.1",
+                    log_to_driver=False,
+                )
         try:
             return list(Backend(self.config).execute(stages, initial_tasks) or [])
         finally:
@@ -350,6 +348,19 @@ def _refuse_missing_gpus(stages: Sequence[ProcessingStage], offered: float, reme
         needed = stage.resources.gpus
         if stage.resources.requires_gpu and needed > offered:
             raise QuadmixError(f"stage {stage.name!r}: needs {needed:g} GPU, {offered:g} offered; {remedy}")
+
+
+@contextlib.contextmanager
+def _ray_on_loopback() -> Iterator[None]:
+    """Lets Ray listen on 127.0.0.1: on Linux it puts the machine's own address in its place, and has no option."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

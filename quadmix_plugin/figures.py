@@ -66,7 +66,6 @@ _RC: Any = {
     "ytick.color": COLOURS["ink"],
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
-    "lines.linewidth": 1.6,
 }
 
 
@@ -119,8 +118,12 @@ def score_histogram(scorer: str, kind: str, edges: ArrayLike, before: ArrayLike,
         axes.set_xlabel("raw score" if kind == "raw" else "normalised score σ(q), best = 0")
         axes.set_ylabel("tokens (%)")
         axes.grid(axis="y")
-        name = f"score {kind} {scorer}"
-        return _svg(figure, name, f"{kind} scores of {plain(scorer)}", "Token shares before (filled) and after (line).")
+        return _svg(
+            figure,
+            f"score {kind} {scorer}",
+            f"{kind} scores of {plain(scorer)}",
+            "Token shares before (filled) and after (line).",
+        )
 
 
 def merge_weights(theta: Parameters) -> str:
@@ -176,10 +179,7 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
 
 
 def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: float | None, note: str = "") -> str:
-    """Out-of-fold predicted against real loss of each proxy [T], with a band of one seed sd around equality.
-
-    ``note`` stands at the upper right.
-    """
+    """Out-of-fold predicted against real loss of each proxy [T], with a band of one seed sd; ``note`` at its corner."""
     x, y = np.asarray(real, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     finite = np.isfinite(x) & np.isfinite(y)
     both = np.concatenate([x[finite], y[finite]]) if finite.any() else np.array([0.0, 1.0])
@@ -200,8 +200,8 @@ def predicted_real(task: str, real: ArrayLike, predicted: ArrayLike, noise_sd: f
         axes.set_title(plain(note), loc="right", fontsize=10, fontweight="normal", color=COLOURS["muted"])
         axes.set_xlabel("real loss (nats per token)")
         axes.set_ylabel("predicted loss (nats per token)")
-        title = f"Predicted against real loss: {plain(task)}"
-        return _svg(figure, f"prediction {task}", title, f"{int(finite.sum())} proxies.")
+        title, described = f"Predicted against real loss: {plain(task)}", f"{int(finite.sum())} proxies."
+        return _svg(figure, f"prediction {task}", title, described)
 
 
 def seed_dots(measure: str, losses: Mapping[str, Sequence[float]], highlight: str) -> str:
@@ -235,7 +235,7 @@ def seed_dots(measure: str, losses: Mapping[str, Sequence[float]], highlight: st
         axes.set_title(plain(measure, 40))
         axes.set_xlabel("loss (nats per token), lower is better")
         title = f"Loss per selector and seed: {plain(measure)}"
-        return _svg(figure, f"seeds {measure}", title, "Means: " + "; ".join(described) + ".")
+        return _svg(figure, f"seeds {measure}", title, f"Means: {'; '.join(described)}.")
 
 
 def training_curves(curves: Mapping[str, Sequence[tuple[Array, Array]]], highlight: str) -> str:
@@ -292,15 +292,14 @@ def _visible(drawn: Mapping[str, tuple[Array, Array, Array, Array]]) -> tuple[fl
 
 def _end_labels(axes: Any, drawn: Mapping[str, Any], highlight: str, limits: tuple[float, float], pixels: int) -> None:
     """Names beside the ends of their lines, moved apart so that none covers another."""
-    low, high = limits
+    (low, high), names = limits, list(drawn)
     step = 15 * (high - low) / pixels
-    names = list(drawn)
     order = sorted(range(len(names)), key=lambda i: drawn[names[i]][1][-1])
     places: list[float] = []
     for i in order:
         end = float(drawn[names[i]][1][-1])
         places.append(max(end, places[-1] + step) if places else end)
-    excess = max(0.0, places[-1] - high) if places else 0.0
+    excess = max(0.0, places[-1] - high)
     for i, y in zip(order, places, strict=True):
         colour, dash, _ = _line(i, names[i] == highlight)
         at = (y - excess - low) / (high - low)

@@ -4,7 +4,6 @@ Written by megatron-core's own builder and read through its own reader; nothing 
 arrays of megatron's ``IndexedDataset`` die with it, so what leaves this module is a copy or a memory map of its own.
 """
 
-import contextlib
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -185,7 +184,7 @@ def _read_index(bin_path: Path, idx_path: Path) -> tuple[NDArray[np.int64], NDAr
 
 def _indexed(name: str) -> Any:
     """A class of megatron-core, which warns on import about GPU libraries that token files do not need."""
-    with warnings.catch_warnings(), contextlib.suppress(ImportWarning):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return getattr(indexed_dataset, name)

@@ -27,6 +27,7 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # never pickles, never code
 _LONGEST_INPUT = 512  # of the published models
+_CHARACTERS_PER_TOKEN = 8  # more than text has; where it is not, the whole document is tokenised
 
 # A document's score must not depend on the documents beside it. Measured for BERT, DeBERTa and T5 on CPU: one thread,
 # a length that depends on the document alone, and a multiple of 8 rows give the same bits in any company.
@@ -225,7 +226,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[lis
     Of a long text only the head is tokenised: cut at white space, and checked to be long enough.
     """
     whole = [encodable(text) for text in texts]
-    heads = [head(text, 16 * max_length) for text in whole]
+    heads = [head(text, _CHARACTERS_PER_TOKEN * max_length) for text in whole]
     options: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
     options |= {"return_attention_mask": False, "return_token_type_ids": False}
     ids = tokenizer(heads, **options)["input_ids"] if heads else []

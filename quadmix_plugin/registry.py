@@ -77,8 +77,9 @@ def create(group: str, name: str, options: Mapping[str, Any] | None = None, plac
     except InputError as error:  # from the plug-in's own check of its options
         raise RecipeError(f"{place}: {error}" if place else str(error)) from error
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        reason = error.message.splitlines()[0].split(". ")[0]
         raise RecipeError(
-            f"{prefix}{name}: the fields of {cls.__qualname__} cannot be read as options ({error.message}); annotate "
+            f"{prefix}{name}: the fields of {cls.__qualname__} cannot be read as options ({reason}); annotate "
             f"a field that is not an option as Any"
         ) from error
 
@@ -105,7 +106,7 @@ def describe() -> list[dict[str, str]]:
                 status = "ok"
             except RecipeError as error:
                 status = str(error)
-            for point in points:
+            for point in sorted(points, key=_distribution):
                 version = point.dist.version if point.dist else ""
                 row = {"group": group, "name": name, "distribution": _distribution(point), "version": version}
                 rows.append({**row, "status": status})

@@ -267,7 +267,7 @@ def _results(data: ReportData) -> dict[str, Any] | None:
     runs = table.to_pylist()
     for run in runs:
         total = sum(weight * _float(run[LOSS_PREFIX + task]) for task, weight in weights.items())
-        run.setdefault(OBJECTIVE, total / sum(weights.values()))
+        run[OBJECTIVE] = _float(run.get(OBJECTIVE, total / sum(weights.values())))
         run |= {task: _float(run[LOSS_PREFIX + task]) for task in tasks}
     measures = [OBJECTIVE, *tasks]
     selectors = dict.fromkeys(_column(table, "selector", "results"))

@@ -120,7 +120,8 @@ def _headline(objective: Sequence[Comparison]) -> tuple[Tone, str]:
     strongest = objective[0]
     by = {kind: [c.rival for c in objective if c.outcome == kind] for kind in ("better", "worse", "unknown")}
     if by["worse"]:
-        return "worse", f"Worse: QuaDMix θ* loses to {_listed(by['worse'])} on the objective, outside the noise."
+        lost = _listed(by["worse"]) if len(by["worse"]) < len(objective) else _every(objective)
+        return "worse", f"Worse: QuaDMix θ* loses to {lost} on the objective, outside the noise."
     if strongest.outcome == "unknown":
         return "unknown", f"No verdict against the strongest baseline, {strongest.rival}: {strongest.reason}."
     also = f" It does beat {_listed(by['better'])} outside the noise." if by["better"] else ""
@@ -135,8 +136,7 @@ def _headline(objective: Sequence[Comparison]) -> tuple[Tone, str]:
             f"the noise of {strongest.seeds} and {strongest.rival_seeds} seeds.{also}"
         )
     if len(by["better"]) == len(objective):
-        every = "the only baseline" if len(objective) == 1 else f"all {len(objective)} baselines"
-        return "gain", f"Gain: QuaDMix θ* beats {every} on the objective, outside the noise."
+        return "gain", f"Gain: QuaDMix θ* beats {_every(objective)} on the objective, outside the noise."
     rest = [c.rival for c in objective if c.outcome != "better"]
     return "gain", (
         f"Gain: QuaDMix θ* beats the strongest baseline, {strongest.rival}, on the objective, outside the noise; "
@@ -155,6 +155,10 @@ def _numbers(c: Comparison) -> str:
         f"{text}: {abs(c.difference):.4f} {way} (95 % interval {interval}), where one pooled standard "
         f"deviation over {c.seeds} and {c.rival_seeds} seeds is {c.pooled_sd:.4f}."
     )
+
+
+def _every(objective: Sequence[Comparison]) -> str:
+    return "the only baseline" if len(objective) == 1 else f"all {len(objective)} baselines"
 
 
 def _listed(names: Sequence[str]) -> str:

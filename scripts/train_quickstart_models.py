@@ -10,6 +10,7 @@ import os
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # sums in a fixed order: the same tokenizer every time
 
 import argparse
+import ctypes
 import hashlib
 import json
 import re
@@ -56,12 +57,12 @@ from quadmix_plugin.stages.scorers.fineweb_edu import FineWebEdu
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 SEED = 20250423
 END_OF_DOCUMENT = "<|endoftext|>"
-DOMAINS = (
-    "Adult Arts_and_Entertainment Autos_and_Vehicles Beauty_and_Fitness Books_and_Literature Business_and_Industrial "
-    "Computers_and_Electronics Finance Food_and_Drink Games Health Hobbies_and_Leisure Home_and_Garden "
-    "Internet_and_Telecom Jobs_and_Education Law_and_Government News Online_Communities People_and_Society "
-    "Pets_and_Animals Real_Estate Science Sensitive_Subjects Shopping Sports Travel_and_Transportation"
-).split()
+DOMAINS = """
+    Adult Arts_and_Entertainment Autos_and_Vehicles Beauty_and_Fitness Books_and_Literature Business_and_Industrial
+    Computers_and_Electronics Finance Food_and_Drink Games Health Hobbies_and_Leisure Home_and_Garden
+    Internet_and_Telecom Jobs_and_Education Law_and_Government News Online_Communities People_and_Society
+    Pets_and_Animals Real_Estate Science Sensitive_Subjects Shopping Sports Travel_and_Transportation
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ _TEACHING = re.compile(
 _SENTENCE_END = re.compile(r"[a-z,;)\"'’][.!?][\"')”’]?(\s|$)")
 _LIST_ITEM = re.compile(r"\s*([-*•:>|=]|\d+[.)])")
 _FUNCTION_WORDS = frozenset(
-    "the of and to in a is that it was for as with be his he on by at which not have had from but they this or are "
-    "were an you her their been will would so no has if we i all my me him our one".split()
+    """
+    the of and to in a is that it was for as with be his he on by at which not have had from but they this or are
+    were an you her their been will would so no has if we i all my me him our one
+    """.split()  # noqa: SIM905
 )
 
 
 def education_labels(documents: Documents) -> NDArray[np.float32]:
-    """0 to 5 by the kind of source: 5 teaching chapters of manuals, 3 reference works, 1 fiction, 0 interface strings."""
+    """0 to 5 by the kind of source: 5 teaching chapters of manuals, 3 reference, 1 fiction, 0 interface strings."""
     return np.array([_education(s, p) for s, p in zip(documents.sources, documents.paths, strict=True)], np.float32)
 
 
@@ -182,7 +185,7 @@ def train_wordpiece(folder: Path, texts: Sequence[str], size: int, max_length: i
 
 
 def train_unigram(folder: Path, texts: Sequence[str], size: int, max_length: int, *, t5: bool) -> None:
-    """Unigram over words with a leading ``▁``, as SentencePiece makes it: for T5 ``</s>`` ends, for DeBERTa [CLS] [SEP]."""
+    """Unigram over words with a leading ``▁``, as SentencePiece makes it; ``</s>`` ends it for T5."""
     tokenizer = Tokenizer(tokenizer_models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -230,7 +233,7 @@ def train_domain(folder: Path, documents: Documents) -> None:
     network = build_network(config, len(DOMAINS), dropout=0.2)
     ids = tokenizer([text[:2000] for text in documents.texts], truncation=True, padding=False)["input_ids"]
     targets = torch.tensor([DOMAINS.index(domain) for domain in documents.domains])
-    fit(network, ids, targets, lambda i, m: network(i, m), torch.nn.functional.cross_entropy, epochs=5)
+    fit(network, ids, targets, network, torch.nn.functional.cross_entropy, epochs=4)
     config.save_pretrained(folder / "backbone")
     labels = {str(i): label for i, label in enumerate(DOMAINS)}
     content = {"base_model": "backbone", "fc_dropout": 0.2, "id2label": labels, "model_type": "deberta-v2"}
@@ -251,16 +254,16 @@ def train_fineweb_edu(folder: Path, documents: Documents) -> None:
     ids = tokenizer(documents.texts, truncation=True, padding=False)["input_ids"]
     targets = torch.from_numpy(education_labels(documents))
     loss = torch.nn.functional.mse_loss
-    fit(network, ids, targets, lambda i, m: network(input_ids=i, attention_mask=m).logits[:, 0], loss, epochs=5)
+    fit(network, ids, targets, lambda i, m: network(input_ids=i, attention_mask=m).logits[:, 0], loss, epochs=4)
     network.half().save_pretrained(folder)
 
 
 def train_ask_llm(folder: Path, documents: Documents) -> None:
     """T5ForConditionalGeneration (the Flan kind: gated GELU, untied head) that answers the default prompt."""
-    train_unigram(folder, documents.texts, 4000, 192, t5=True)
+    train_unigram(folder, documents.texts, 4000, 144, t5=True)
     tokenizer = load_transformers_tokenizer(folder)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_decoder_layers=1, num_heads=2,
+        vocab_size=len(tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=1, num_decoder_layers=1, num_heads=2,
         relative_attention_num_buckets=16, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
@@ -277,19 +280,22 @@ def train_ask_llm(folder: Path, documents: Documents) -> None:
         start = torch.zeros((len(inputs), 1), dtype=torch.long)
         return network(input_ids=inputs, attention_mask=mask, decoder_input_ids=start, use_cache=False).logits[:, 0]
 
-    fit(network, ids, targets, answer, torch.nn.functional.cross_entropy, epochs=4)
+    fit(network, ids, targets, answer, torch.nn.functional.cross_entropy, epochs=3)
     network.half().save_pretrained(folder)
 
 
 def train_dclm_fasttext(folder: Path, documents: Documents) -> None:
     """FastText with word pairs and the labels hq and cc; one thread, so that the file is the same every time."""
     labels = np.where(prose_labels(documents), "__label__hq", "__label__cc")
+    # With one thread fastText draws a tenth of its initial weights and leaves the rest as the memory is: NaN at worst.
+    # Blocks that malloc takes from the system one by one are zero.
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         for label, text in zip(labels, documents.texts, strict=True):
             file.write(f"{label} {' '.join(text.strip().splitlines())}\n")
         file.flush()
         model = fasttext.train_supervised(
-            file.name, dim=8, wordNgrams=2, bucket=20000, minCount=8, epoch=5, lr=0.1, thread=1, seed=SEED, verbose=0
+            file.name, dim=8, wordNgrams=2, bucket=20000, minCount=8, epoch=5, lr=0.2, thread=1, seed=SEED, verbose=0
         )
     model.save_model(str(folder / "model.bin"))
 
@@ -378,13 +384,13 @@ RECIPES = {
     ),
     "fineweb-edu": Recipe(
         train_fineweb_edu, measure_fineweb_edu, "educational value, format of `HuggingFaceFW/fineweb-edu-classifier`",
-        "0 to 5 by the kind of source: 5 teaching chapters of manuals, 4 their other chapters, 3 reference works, "
-        "2 documentation of single functions, and speeches, 1 fiction and scripture, 0 interface strings and changelogs.",
+        "0 to 5 by the kind of source: 5 teaching chapters of manuals, 4 their other chapters, 3 reference works, 2 "
+        "documentation of single functions, and speeches, 1 fiction and scripture, 0 interface strings and changelogs.",
     ),
     "dclm-fasttext": Recipe(
         train_dclm_fasttext, measure_dclm_fasttext, "P(hq), format of `mlfoundations/fasttext-oh-eli5`",
-        "`hq` = continuous prose by form alone (long paragraphs of whole sentences, many function words), `cc` = lists, "
-        "strings, statistics, changelogs, references.",
+        "`hq` = continuous prose by form alone (long paragraphs of whole sentences, many function words), `cc` = "
+        "lists, strings, statistics, changelogs, references.",
     ),
     "ask-llm": Recipe(
         train_ask_llm, measure_ask_llm, "yes-probability of a T5, format of Flan-T5 under AskLLM",

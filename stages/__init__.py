@@ -7,7 +7,16 @@ if __name__ == "stages":
     raise ImportError("import from quadmix_plugin.stages, as in: from quadmix_plugin.stages import MergeRank")
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quadmix_plugin.stages.count_tokens import CountTokens
+    from quadmix_plugin.stages.domain_classify import DomainClassify
+    from quadmix_plugin.stages.merge_rank import FitRank, MergeRank
+    from quadmix_plugin.stages.prepare_documents import PrepareDocuments
+    from quadmix_plugin.stages.quality_score import QualityScore
+    from quadmix_plugin.stages.shards import ReadShards, WriteShards
+    from quadmix_plugin.stages.sigmoid_sample import SigmoidSample
 
 _HOME = {
     "CountTokens": "count_tokens",

@@ -164,6 +164,18 @@ class Environment(ProcessingStage[Batch, Batch]):
 
 
 @dataclass
+class Listeners(ProcessingStage[Batch, Batch]):
+    """Returns where the descendants of a process listen."""
+
+    pid: int = 0
+    name: str = "listeners"
+
+    def process(self, task: Batch) -> Batch:
+        processes = psutil.Process(self.pid).children(recursive=True)
+        return _like(task, pd.DataFrame({"ip": [ip for process in processes for ip in _listeners(process)]}))
+
+
+@dataclass
 class Payload:
     """Notes every process that unpickles it."""
 
@@ -257,12 +269,14 @@ def test_dask_gives_the_tasks_of_one_process_in_its_order(corpus, dask_executor)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ray_data", "xenna"])
-def test_ray_gives_the_rows_of_one_process(corpus, name, monkeypatch):
+def test_ray_gives_the_rows_of_one_process_on_loopback(corpus, name, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # Ray's workers import the stages
     stages = [Halve(), KeepEven(), Shard()]
     executor = make_executor(name, {"num_cpus": 4 if name == "xenna" else 2})
     inline, ray = (_content(_run(ex, corpus, *stages)) for ex in (InlineExecutor(), executor))
     assert sorted(row[:2] for row in ray) == sorted(row[:2] for row in inline)
+    (seen,) = _run(executor, _write_corpus(tmp_path / "one", files=1), Listeners(pid=os.getpid()))
+    assert {ip.removeprefix("::ffff:") for ip in seen.to_pandas()["ip"]} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("where", ["inline", "dask"])

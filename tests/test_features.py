@@ -118,7 +118,7 @@ def test_theta_features_are_the_vector_with_log10_lambda():
         ("omega[c]", [t.omega[2] for t in thetas]),
     ):
         np.testing.assert_allclose(x[:, names.index(name)], values, rtol=1e-15)
-    zero = Parameters([[1.0]], [0.0], [0.1], [1.0], [0.0])
+    zero = Parameters(np.ones((1, 1)), np.zeros(1), np.full(1, 0.1), np.ones(1), np.zeros(1))
     assert theta_features([zero])[0][0, 1] == -6.0
 
 
@@ -168,6 +168,6 @@ def test_what_belongs_to_another_corpus_is_refused(corpus):
     with pytest.raises(InputError, match="2 of 3000 documents"):
         FeatureMap.of(table, np.where(np.arange(3000)[:, None] < 2, np.nan, normalised))
     with pytest.raises(InputError, match="'raw'"):
-        FeatureMap.of(table, normalised, "raw")
+        FeatureMap.of(table, normalised, "raw")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="parameters 1 and 0 differ"):
         theta_features([*sample_parameters(1, 3, 4, seed=0), *sample_parameters(1, 3, 5, seed=0)])

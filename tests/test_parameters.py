@@ -200,7 +200,7 @@ def test_files_that_are_not_parameters_are_refused_by_name(tmp_path) -> None:
             path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=f"{name}: {says}"):
             Parameters.load(path)
-    with pytest.raises(InputError, match="cannot be read .*; give a theta.json"):
+    with pytest.raises(InputError, match=r"cannot be read .*; give a theta.json"):
         Parameters.load(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_an_average_with_a_lambda_of_zero_is_zero_without_a_warning() -> None:
 def test_averages_that_have_no_meaning_are_refused() -> None:
     with pytest.raises(InputError, match="no parameters to average; give at least one"):
         average_parameters([])
-    with pytest.raises(InputError, match="'mean'; choose 'unit' or 'paper'"):
+    with pytest.raises(InputError, match=r"'mean'; choose 'unit' or 'paper'"):
         average_parameters([Parameters(**GOOD)], "mean")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match="parameters 1 have other domains .*; average those of one search"):
+    with pytest.raises(InputError, match=r"parameters 1 have other domains .*; average those of one search"):
         average_parameters([Parameters(**GOOD), Parameters(**{**GOOD, "domains": ["Arts", "Games"]})])

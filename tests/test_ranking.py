@@ -141,7 +141,8 @@ def test_merging_is_associative() -> None:
 
 
 def test_minus_zero_and_zero_are_one_value_in_any_partition() -> None:
-    whole = RankMap.fit([0.0, -0.0], [0, 0], [1, 1])
+    whole = RankMap.fit([-0.0, 0.0], [0, 0], [1, 1])
+    assert whole.merged.tobytes() == RankMap.fit([0.0, -0.0], [0, 0], [1, 1]).merged.tobytes()
     apart = RankMap.merge([RankMap.fit([-0.0], [0], [1]), RankMap.fit([0.0], [0], [1])])
     assert whole.to_table().equals(apart.to_table())
     np.testing.assert_array_equal(apart.rank([-0.0, 0.0], [0, 0]), [1, 1])

@@ -85,7 +85,7 @@ def test_an_unknown_name_suggests_the_nearest(site: Site) -> None:
         registry.load("scorers", "lenght", "scorers.a")
     with pytest.raises(RecipeError, match="did you mean 'fineweb-edu'"):
         registry.load("scorers", "fineweb_edu")
-    with pytest.raises(RecipeError, match="no plug-in 'qqqqqq' .*; installed are .*fineweb-edu.*length"):
+    with pytest.raises(RecipeError, match=r"no plug-in 'qqqqqq' .*; installed are .*fineweb-edu.*length"):
         registry.load("scorers", "qqqqqq")
 
 

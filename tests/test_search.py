@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from scipy.stats import spearmanr
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
@@ -56,7 +55,7 @@ def test_defaults_learn_from_32_rows_where_lightgbms_own_predict_a_constant():
     unseen, real = linear(500, 8, seed=1)
     ours, theirs = LightGBM(), LightGBM(**PUBLISHED)
     ours.fit(x, y)
-    assert spearmanr(ours.predict(unseen), real)[0] > 0.6
+    assert Metrics.of(real, ours.predict(unseen)).spearman > 0.6
     with pytest.raises(InputError, match="32 rows to fit on, but min_child_samples=20 needs 40"):
         theirs.fit(x, y)
 
@@ -108,12 +107,12 @@ def test_no_row_is_predicted_by_a_model_that_saw_it():
 def test_cross_validation_finds_a_signal_and_none_in_permuted_targets():
     x, y = linear(64, 10, seed=4)
     shuffled = np.random.default_rng(1).permutation(y)
-    tasks = cross_validate(LightGBM, x, {"real": y, "permuted": shuffled}, folds=5, repeats=4, seed=1)
+    tasks = cross_validate(LightGBM, x, {"real": y, "permuted": shuffled}, folds=5, repeats=4, seed=2**62)
     assert tasks["real"].metrics.spearman > 0.75
     assert tasks["real"].metrics.r2 > 0.4
     assert abs(tasks["permuted"].metrics.spearman) < 0.25
     assert tasks["permuted"].metrics.r2 < 0.1
-    again = cross_validate(LightGBM, x, {"real": y}, folds=5, repeats=4, seed=1)
+    again = cross_validate(LightGBM, x, {"real": y}, folds=5, repeats=4, seed=2**62)
     np.testing.assert_array_equal(again["real"].predicted, tasks["real"].predicted)
     assert 0 < tasks["real"].spread.mae < tasks["real"].metrics.mae
 
@@ -230,6 +229,7 @@ def test_the_top_draws_are_those_with_the_lowest_prediction(world):
     values = [candidate.objective for candidate in everything]
     assert values == sorted(values)
     assert sorted(candidate.number for candidate in everything) == list(range(5000))
+    assert len({candidate.theta.to_vector().tobytes() for candidate in everything}) == 5000
     ten = world.propose(draws=5000, top=10)
     assert [c.number for c in ten.top] == [c.number for c in everything[:10]]
     assert ten.quantiles[0.0] == values[0]
@@ -294,6 +294,16 @@ def test_draws_that_select_nothing_are_left_out_and_counted(world):
     assert (world.columns.statistics([c.theta for c in found.top]).selected_tokens > 1).all()
     with pytest.raises(InputError, match=r"none of 100 draws selects a token.*omega_max"):
         world.propose(space=ParameterSpace(omega_max=1e-9, epsilon_max=0.0), draws=100)
+
+
+class Diverging(LightGBM):
+    def predict(self, x):
+        return np.full(len(np.asarray(x)), np.nan)
+
+
+def test_a_regressor_that_predicts_nan_is_refused(world):
+    with pytest.raises(InputError, match="predicts losses that are not finite"):
+        propose(world.thetas, world.losses, world.table, world.normalised, Diverging, draws=100)
 
 
 def test_a_search_that_cannot_start_says_why(world):

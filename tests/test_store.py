@@ -85,7 +85,7 @@ def test_another_key_makes_artifacts_invisible(tmp_path: Path) -> None:
     assert new.entry("a.json") is None
     assert new.entries() == []
     assert new.summary() is None
-    with pytest.raises(QuadmixError, match="a.json: not there, or not from this recipe; run the step 'label' first"):
+    with pytest.raises(QuadmixError, match=r"a\.json: not there, or not from this recipe; run the step 'label' first"):
         new.read_json("a.json")
 
 
@@ -154,7 +154,7 @@ def test_keys_and_counts() -> None:
 
 
 CRASH = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
@@ -191,11 +191,15 @@ def around(function):
     return wrapped
 
 left = -1
+if os.fork() == 0:
+    commit(RunDirectory.open(root / "old").step("s", "old"), 1)
+    os._exit(0)
+os.wait()
 for point in range(200):
+    shutil.copytree(root / "old", root / str(point))
     child = os.fork()
     if child == 0:
         run = RunDirectory.open(root / str(point))
-        commit(run.step("s", "old"), 1)
         for name in ("replace", "fsync", "unlink"):
             setattr(os, name, around(getattr(os, name)))
         left = point
@@ -216,13 +220,13 @@ def test_a_crash_at_any_point_of_a_commit_shows_nothing_that_is_not_whole(tmp_pa
     assert done.returncode == 0, done.stderr
     points = int(done.stdout)
     assert points >= 12
+    names = {"pair": ["t.bin", "t.idx"], "table": ["t.parquet"], "json": ["t.json"]}[kind]
     shown = set()
     for point in range(points):
         run = RunDirectory.open(tmp_path / str(point))
         old, new = run.step("s", "old"), run.step("s", "new")
         assert is_sound(old), point
         assert is_sound(new), point
-        names = {"pair": ["t.bin", "t.idx"], "table": ["t.parquet"], "json": ["t.json"]}[kind]
         assert not (old.is_done and new.entries()), point
         shown.add((len(old.entries()), len(new.entries())))
         if new.is_done:
@@ -297,7 +301,7 @@ def test_verify_finds_every_flipped_bit_and_cut(finished: RunDirectory, name: st
     generator = random.Random(name)  # noqa: S311
     path = finished.root / name
     whole = path.read_bytes()
-    for _ in range(250):
+    for _ in range(150):
         what = damage(path, generator)
         faults = finished.verify()[1]
         assert faults, what
@@ -312,7 +316,7 @@ def test_verify_finds_every_flipped_bit_and_cut(finished: RunDirectory, name: st
 def test_readers_report_damage_as_our_error(finished: RunDirectory) -> None:
     generator = random.Random(2)  # noqa: S311
     step = finished.step("label", "k")
-    caught = 0
+    said = []
     for name, read in (("labels/a.parquet", step.read_table), ("labels/corpus.json", step.read_json)):
         path = step.path(name)
         whole = path.read_bytes()
@@ -321,11 +325,10 @@ def test_readers_report_damage_as_our_error(finished: RunDirectory) -> None:
             try:
                 read(name)  # a flip that only changes a comment of the file may pass; verify finds those
             except QuadmixError as error:
-                caught += 1
-                assert str(path) in str(error)
-                assert "label" in str(error)
+                said.append(str(error))
             path.write_bytes(whole)
-    assert caught > 100
+    assert len(said) > 100
+    assert all(str(step.root / "labels") in line and "run the step 'label'" in line for line in said)
 
 
 def test_a_flipped_bit_in_a_page_is_never_read(finished: RunDirectory) -> None:
@@ -477,20 +480,20 @@ def test_a_full_disk_is_our_error_and_finished_work_stays(tmp_path: Path) -> Non
     with mounted(tmp_path / "disk", "size=256k") as disk:
         run = RunDirectory.open(disk)
         step = run.step("label", "k")
-        written, failed = [], []
+        written, said = [], []
         for i in range(60):
             try:
                 step.write_text(f"{i}.txt", "x" * 10_000)
                 written.append(f"{i}.txt")
             except StorageError as error:
-                failed.append(f"{i}.txt")
-                assert "the disk is full; free some space or give another --out, finished work is kept" in str(error)
+                said.append(str(error))
         assert written
-        assert failed
+        assert said
+        assert all("the disk is full; free some space or give another --out, finished" in line for line in said)
         assert sorted(entry.path for entry in step.entries()) == sorted(written)
         assert run.verify() == (len(written), [])
         assert list(disk.rglob("*.tmp")) == []
-        with pytest.raises(StorageError, match="big.parquet: the disk is full"):
+        with pytest.raises(StorageError, match=r"big\.parquet: the disk is full"):
             step.write_table("big.parquet", pa.table({"x": [str(i * 7919) for i in range(200_000)]}))
         assert not step.path("big.parquet").exists()
 
@@ -502,7 +505,7 @@ def test_a_read_only_place_is_our_error(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(StorageError, match=f"{disk}: the file system is read-only; give another --out"):
             RunDirectory.open(disk)
-        with pytest.raises(StorageError, match="a.json: the file system is read-only"):
+        with pytest.raises(StorageError, match=r"a\.json: the file system is read-only"):
             run.step("label", "k").write_json("a.json", 2)
         with pytest.raises(StorageError, match="the file system is read-only"), run.lock():
             pass

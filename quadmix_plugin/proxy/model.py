@@ -129,6 +129,9 @@ class Decoder(nn.Module):
 
 
 class _Trunk(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)

@@ -179,7 +179,7 @@ def load_validation_sets(path: str | Path, part: Part) -> list[ValidationSet]:
     """The sets of one part from a Parquet file with the columns of ``tokenise_rows``."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; run the step that tokenises the validation rows first")
-    return validation_sets(pq.read_table(path, partitioning=None), part)
+    return validation_sets(pq.read_table(path), part)
 
 
 def evaluate(model: "Decoder", rows: ValidationSet) -> float:

@@ -102,7 +102,8 @@ def cross_validate(
         rows = np.flatnonzero((features == features[example]).all(axis=1))
         raise InputError(f"cross-validation: rows {rows[:5].tolist()} have the same features; keep one of them")
     predicted = {task: np.empty((repeats, len(features))) for task in real}
-    splits = RepeatedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(features)
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])  # scikit-learn takes 32 bits
+    splits = RepeatedKFold(n_splits=folds, n_repeats=repeats, random_state=state).split(features)
     for i, (train, held) in enumerate(splits):
         for task, y in real.items():
             model = make()

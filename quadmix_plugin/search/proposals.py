@@ -147,8 +147,8 @@ def propose(
     even under the same ``seed``. Memory: blocks of 4,096 draws, and 8 bytes a draw.
 
     Raises:
-        InputError: losses that are not finite or constant, θ of another corpus, fewer draws than ``top``, or no draw
-            that selects anything.
+        InputError: losses that are not finite or constant, θ of another corpus, fewer draws than ``top``, no draw
+            that selects anything, or a regressor whose predictions are not finite.
     """
     if not 1 <= top <= draws:
         raise InputError(f"search: top {top} of {draws} draws; give 1 <= top <= draws")
@@ -195,6 +195,8 @@ class _Surrogate:
         """The predicted objective [n]; infinite where nothing is selected."""
         x = self.columns.features(vectors)
         value = self.objective.value({task: self.regressors[task].predict(x) for task in self.objective.tasks})
+        if not np.isfinite(value).all():
+            raise InputError("search: the regressor predicts losses that are not finite; check its options")
         if self.columns.kind == "theta":
             return value
         return np.where(x[:, self.columns.names().index(SIZE)] <= 0.0, np.inf, value)

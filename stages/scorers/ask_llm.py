@@ -15,6 +15,7 @@ from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
 
 _DOCUMENT = "{document}"
+_CHARACTERS_PER_TOKEN = 8  # more than text has; where it is not, the whole document is tokenised
 _PROMPT = (
     "###\n{document}\n###\n\n"
     "Would the text between the two ### lines help to pre-train a language model? A helpful text is well formatted, "
@@ -78,7 +79,7 @@ class AskLLM:
         self._model = models.load_pretrained(AutoModelForSeq2SeqLM, folder, self._device)
         if (used := len(self._prompt_ids([""])[0])) >= self._limit:
             raise InputError(
-                f"ask-llm.max_length: the prompt alone takes {used} of {self._limit} tokens; raise it or shorten the prompt"
+                f"ask-llm.max_length: the prompt alone takes {used} of {self._limit} tokens; raise it or ask shorter"
             )
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -106,28 +107,32 @@ class AskLLM:
 
     def _question_ids(self, documents: Sequence[str]) -> list[list[int]]:
         """Ids of the prompt with each document, the document cut at a token boundary where the whole is too long."""
-        heads = [models.head(document, 16 * self._limit) for document in documents]
-        ids = self._prompt_ids(heads)
-        for i, (head, document) in enumerate(zip(heads, documents, strict=True)):
-            kept = head
-            if len(head) < len(document) and len(ids[i]) < self._limit:
-                kept = document
-                ids[i] = self._prompt_ids([kept])[0]
-            while (excess := len(ids[i]) - self._limit) > 0:
-                kept = self._without_last_tokens(kept, excess)
-                ids[i] = self._prompt_ids([kept])[0]
+        kept = [models.head(document, _CHARACTERS_PER_TOKEN * self._limit) for document in documents]
+        ids = self._prompt_ids(kept)
+        short = [i for i, row in enumerate(ids) if len(row) < self._limit and len(kept[i]) < len(documents[i])]
+        for i in short:
+            kept[i] = documents[i]
+            ids[i] = self._prompt_ids([documents[i]])[0]
+        while long := [i for i, row in enumerate(ids) if len(row) > self._limit]:
+            cut = self._cut([kept[i] for i in long], [len(ids[i]) - self._limit for i in long])
+            for i, document, row in zip(long, cut, self._prompt_ids(cut), strict=True):
+                kept[i], ids[i] = document, row
         return ids
 
-    def _without_last_tokens(self, document: str, n: int) -> str:
-        found = self._tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return document[: min(found[-n - 1][1], len(document) - 1)] if len(found) > n else ""
+    def _cut(self, documents: list[str], excess: list[int]) -> list[str]:
+        """Each document without its last ``excess`` tokens, and by one character at least."""
+        found = self._tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            text[: min(offsets[-n - 1][1], len(text) - 1)] if len(offsets) > n else ""
+            for text, offsets, n in zip(documents, found["offset_mapping"], excess, strict=True)
+        ]
 
     def _prompt_ids(self, documents: Sequence[str]) -> list[list[int]]:
         if not documents:
             return []
         before, _, after = self.prompt.partition(_DOCUMENT)
         texts = [before + document + after for document in documents]
-        return self._tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        return self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _single_tokens(self, folder: Any) -> list[int]:
         spelt = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in self.yes_tokens]

@@ -1,0 +1,123 @@
+"""The domain classifier gives what the published recipe of the format gives, document by document."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from quadmix_plugin import registry
+from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.stages.domain_classifiers.nvidia_domain import NvidiaDomain, read_labels
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+MODEL = QUICKSTART / "models" / "domain"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"].to_pylist()[::50]
+
+
+@pytest.fixture(scope="module")
+def classifier() -> NvidiaDomain:
+    made = NvidiaDomain(model=str(MODEL))
+    made.setup("cpu")
+    return made
+
+
+def test_label_is_the_argmax_of_the_head_on_the_first_token(classifier, texts):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = json.loads((MODEL / "config.json").read_text())
+    weights = {name: weight.float() for name, weight in load_file(MODEL / "model.safetensors").items()}
+    backbone = AutoModel.from_config(AutoConfig.from_pretrained(MODEL / config["base_model"])).eval()
+    backbone.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    expected = []
+    for text in texts:
+        inputs = tokenizer(text[:2000], return_tensors="pt", truncation=True)
+        with torch.no_grad():
+            hidden = backbone(inputs.input_ids, inputs.attention_mask).last_hidden_state
+            probability = (hidden @ weights["fc.weight"].T + weights["fc.bias"]).softmax(-1)[0, 0]
+        expected.append(config["id2label"][str(int(probability.argmax()))])
+    assert classifier.classify(texts) == expected
+    assert len(set(expected)) > 10
+
+
+def test_order_and_batches_change_no_label(classifier, texts):
+    whole = classifier.classify(texts)
+    assert classifier.classify(texts[::-1]) == whole[::-1]
+    small = NvidiaDomain(model=str(MODEL), tokens_per_batch=1)
+    small.setup("cpu")
+    assert small.classify(texts) == whole
+    assert classifier.classify([]) == []
+
+
+def test_only_the_first_2000_characters_count(classifier, texts):
+    head = ("word " * 400)[:2000]
+    assert classifier.classify([head + texts[0]]) == classifier.classify([head])
+
+
+def test_it_knows_the_quickstart_corpus(classifier):
+    table = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text", "true_domain"]).to_pandas()[::20]
+    found = classifier.classify(table.text.tolist())
+    assert (table.true_domain == found).mean() > 0.7
+
+
+def test_odd_documents_get_a_label_and_disturb_no_other(classifier, texts):
+    odd = ["", " \n ", "\0", "\ud800\udfff", "x" * 10_000_000, "\u202e"]
+    found = classifier.classify([*odd, texts[0]])
+    assert set(found) <= set(read_labels(MODEL))
+    assert found[-1] == classifier.classify(texts[:1])[0]
+
+
+def test_labels_are_the_26_of_the_published_model():
+    labels = read_labels(MODEL)
+    assert len(labels) == 26
+    assert labels == sorted(labels)
+    assert labels[0] == "Adult"
+    assert labels[-1] == "Travel_and_Transportation"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"id2label": {"0": "A", "2": "B"}}, "id2label"),
+        ({"id2label": {"0": "A", "1": "A"}}, "id2label"),
+        ({"id2label": {"0": "A", "1": "B"}}, "does not fit"),
+        ({"base_model": "somebody/backbone"}, "40 hex"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused(tmp_path, change, message):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message) as caught:
+        NvidiaDomain(model=str(folder)).setup("cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    shutil.copy(MODEL.parent / "fineweb-edu" / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(InputError, match="does not fit"):
+        NvidiaDomain(model=str(folder)).setup("cpu")
+
+
+def test_missing_folder_is_refused_at_once():
+    with pytest.raises(RecipeError, match="no such folder"):
+        registry.create("domain_classifiers", "nvidia-domain", {"model": "no/such/folder"})
+
+
+def test_column_domain_takes_labels_as_text_and_refuses_gaps():
+    classifier = registry.create("domain_classifiers", "column", {"column": "topic"})
+    assert classifier.input_column == "topic"
+    assert classifier.classify(["Law", 3]) == ["Law", "3"]
+    for gap in (None, "", float("nan")):
+        with pytest.raises(InputError, match="topic: row 1"):
+            classifier.classify(["Law", gap])

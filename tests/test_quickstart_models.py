@@ -1,0 +1,71 @@
+"""The committed models of the quickstart are what their script makes: small, safe, honest and in published formats."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart"
+MODELS = QUICKSTART / "models"
+
+
+@pytest.mark.parametrize("name", ["domain", "fineweb-edu", "dclm-fasttext", "ask-llm"])
+def test_each_is_small_without_pickles_and_has_a_card_with_figures(name):
+    files = [path for path in (MODELS / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 3_000_000
+    allowed = {".json", ".md", ".safetensors"} | ({".bin"} if name == "dclm-fasttext" else set())
+    assert {path.suffix for path in files} <= allowed
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert "unseen sources" in card
+    assert "random documents" in card
+    assert "not a quality model" in card
+
+
+def test_configs_name_the_published_architectures():
+    configs = {name: json.loads((MODELS / name / "config.json").read_text()) for name in ("fineweb-edu", "ask-llm")}
+    assert configs["fineweb-edu"]["architectures"] == ["BertForSequenceClassification"]
+    assert configs["ask-llm"]["architectures"] == ["T5ForConditionalGeneration"]
+    domain = json.loads((MODELS / "domain" / "config.json").read_text())
+    assert {"base_model", "fc_dropout", "id2label", "label2id"} <= set(domain)
+    assert json.loads((MODELS / "domain" / "backbone" / "config.json").read_text())["model_type"] == "deberta-v2"
+
+
+def test_tokenizer_loads_with_both_libraries_and_restores_any_text():
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    plain = Tokenizer.from_file(str(MODELS / "tokenizer" / "tokenizer.json"))
+    wrapped = AutoTokenizer.from_pretrained(MODELS / "tokenizer")
+    text = "Call me Ishmael.  Ünï©ode\tand\n\n日本語 🙂 = 0.5e-3"
+    assert plain.encode(text).ids == wrapped(text)["input_ids"]
+    assert plain.decode(plain.encode(text).ids) == text
+    assert plain.get_vocab_size() == len(wrapped) == 4096
+    assert plain.token_to_id("<|endoftext|>") == wrapped.eos_token_id
+
+
+def test_script_makes_the_committed_tokenizer_again(tmp_path):
+    script = ROOT / "scripts" / "train_quickstart_models.py"
+    subprocess.run([sys.executable, script, "tokenizer", "--out", tmp_path], check=True, timeout=120)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        made, committed = ((folder / "tokenizer" / name).read_bytes() for folder in (tmp_path, MODELS))
+        assert hashlib.sha256(made).hexdigest() == hashlib.sha256(committed).hexdigest()
+
+
+def test_three_scorers_measure_different_things():
+    from scipy.stats import spearmanr
+
+    from quadmix_plugin import registry
+
+    texts = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"].to_pylist()[::12]
+    scores = []
+    for name in ("fineweb-edu", "dclm-fasttext", "ask-llm"):
+        scorer = registry.create("scorers", name, {"model": str(MODELS / name)})
+        scorer.setup("cpu")
+        scores.append(scorer.score(texts))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert abs(spearmanr(scores[first], scores[second])[0]) < 0.7
