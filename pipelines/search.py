@@ -99,10 +99,15 @@ def _predictions(judged: dict[str, CrossValidation]) -> pa.Table:
 
 
 def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> Metrics:
-    """The metrics of the weighted objective, in standardised losses."""
-    real = proposal.objective.value({task: judged[task].real for task in proposal.objective.tasks})
-    predicted = proposal.objective.value({task: judged[task].mean_predicted for task in proposal.objective.tasks})
-    return Metrics.of(real, predicted)
+    """The metrics of the weighted objective, in standardised losses; the mean over the repeats, as for the tasks."""
+    objective = proposal.objective
+    real = objective.value({task: judged[task].real for task in objective.tasks})
+    repeats = len(judged[objective.tasks[0]].predicted)
+    each = [
+        Metrics.of(real, objective.value({task: judged[task].predicted[i] for task in objective.tasks})).to_dict()
+        for i in range(repeats)
+    ]
+    return Metrics(**{name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]})
 
 
 def _metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> dict[str, Any]:

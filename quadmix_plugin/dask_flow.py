@@ -122,8 +122,9 @@ class Flow:
 
     def abandon(self) -> None:
         """After a failed run on workers that live on: tears its stages down; what they raise is only logged."""
-        for message in self._tear_down():
-            logger.warning("%s", message)
+        with contextlib.suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            for message in self._tear_down():
+                logger.warning("%s", message)
 
     def _prepare(self) -> None:
         """Puts the stages on the cluster and runs ``setup_on_node`` once per host."""

@@ -140,6 +140,7 @@ class DaskExecutor(BaseExecutor):
         self._address, self._given_client, self._retries = address, client, lost_worker_retries
         self._env = {**_WORKER_ENV, **{key: str(value) for key, value in (worker_env or {}).items()}}
         self._resources = dict(worker_resources or {})
+        self._is_own = not existing
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too
         self._open = contextlib.ExitStack()
 
@@ -154,7 +155,7 @@ class DaskExecutor(BaseExecutor):
         """
         tasks = [EmptyTask()] if initial_tasks is None else initial_tasks
         refuse_ray_only(stages, "Dask")
-        if not self._address and self._given_client is None:
+        if self._is_own:
             self._refuse_missing_gpus(stages, self._resources.get("GPU", 0))
         flow = None
         with _sigterm_as_exit():
@@ -167,7 +168,7 @@ class DaskExecutor(BaseExecutor):
                 flow = Flow(client, stages, 2 * sum(client.nthreads().values()), self.on_progress)
                 return flow.run(tasks)
             except BaseException as error:
-                if flow is not None and self._given_client is not None and isinstance(error, Exception):
+                if flow is not None and not self._is_own and isinstance(error, Exception):
                     flow.abandon()
                 self.close()
                 raise
@@ -188,15 +189,16 @@ class DaskExecutor(BaseExecutor):
 
         if self._client is None:
             if getattr(multiprocessing.current_process(), "_inheriting", False):
-                raise QuadmixError(
-                    'worker process: the script runs again here; put it under `if __name__ == "__main__":`'
-                )
+                raise QuadmixError(f"executor: a worker process runs the script again; {_GUARD}")
             try:
                 target = self._address or self._open.enter_context(self._start())
                 self._client = self._open.enter_context(Client(target, set_as_default=False))
             except (OSError, RuntimeError, TimeoutError) as error:
-                what = f"no Dask scheduler at {self._address}" if self._address else "the Dask workers did not start"
-                raise QuadmixError(f"executor: {what} ({error}); check the address, or {_GUARD}") from error
+                if self._address:
+                    what = f"no Dask scheduler at {self._address} ({error}); check the address"
+                else:
+                    what = f"the Dask workers did not start ({error}); {_GUARD}"
+                raise QuadmixError(f"executor: {what}") from error
             logger.info("Dask dashboard: %s", self._client.dashboard_link)
         try:
             self._client.wait_for_workers(1, timeout=60)

@@ -60,7 +60,6 @@ _RC: Any = {
     "axes.titlesize": _TEXT,
     "axes.titleweight": "bold",
     "grid.color": COLOURS["line"],
-    "grid.linewidth": 0.7,
     "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
@@ -91,8 +90,8 @@ def domain_shares(domains: Sequence[str], before: ArrayLike, after: ArrayLike) -
         axes.set_xlim(0, max(1e-9, 1.06 * max(old.max(), new.max())))
         axes.set_xlabel("share of tokens (%)")
         axes.grid(axis="x")
-        change = [f"×{n / o:.2f}" if o > 0 else "new" for o, n in zip(old, new, strict=True)]
-        for y, text in zip(rows, change, strict=True):
+        for y, o, n in zip(rows, old, new, strict=True):
+            text = f"×{n / o:.2f}" if o > 0 else "new"
             axes.annotate(text, (1, y), (50, 0), **_BESIDE, ha="right", va="center", fontsize=10)
         axes.annotate("change", (1, -0.5), (50, 8), **_BESIDE, ha="right", va="center", fontsize=10)
         axes.annotate("○ before", (0, -0.5), (0, 8), **_BESIDE, va="center", color=COLOURS["muted"])
@@ -173,7 +172,7 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
         axes.set_ylabel("S (copies)", fontsize=10, labelpad=2)
         axes.grid()
         described = (
-            f"{value[0]:.2f} expected copies of the best document, epsilon after rank {100 * omega:.2f} percent."
+            f"{value[0]:.2f} expected copies of the best document; the window ends at {100 * omega:.2f} percent."
         )
         return _svg(figure, f"curve {domain} {name}", f"Sampling curve of {name}", described)
 
@@ -283,9 +282,8 @@ def _mean_curve(seeds: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Arr
 
 def _visible(drawn: Mapping[str, tuple[Array, Array, Array, Array]]) -> tuple[float, float]:
     """Limits of the loss axis that leave out the fall of the first 20 % of the tokens."""
-    lows = [float(np.nanmin(low)) for _, _, low, _ in drawn.values()]
-    highs = [float(np.nanmax(high[x >= 0.2 * x[-1]])) for x, _, _, high in drawn.values()]
-    bottom, top = min(lows), max(highs)
+    bottom = min(float(low.min()) for _, _, low, _ in drawn.values())
+    top = max(float(high[x >= 0.2 * x[-1]].max()) for x, _, _, high in drawn.values())
     pad = 0.04 * ((top - bottom) or 1.0)
     return bottom - pad, top + pad
 
@@ -350,8 +348,7 @@ def _axes(width: int, height: int, left: int, right: int, top: int, bottom: int)
 
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     inside = ((width - left - right) / width, (height - top - bottom) / height)
-    axes = figure.add_axes((left / width, bottom / height, *inside))
-    return figure, axes
+    return figure, figure.add_axes((left / width, bottom / height, *inside))
 
 
 def _svg(figure: Any, name: str, title: str, description: str) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quadmix_plugin.stages.count_tokens import CountTokens
     from quadmix_plugin.stages.domain_classify import DomainClassify
+    from quadmix_plugin.stages.export_tokens import ExportTokens
     from quadmix_plugin.stages.merge_rank import FitRank, MergeRank
     from quadmix_plugin.stages.prepare_documents import PrepareDocuments
     from quadmix_plugin.stages.quality_score import QualityScore
     from quadmix_plugin.stages.shards import ReadShards, WriteShards
     from quadmix_plugin.stages.sigmoid_sample import SigmoidSample
+    from quadmix_plugin.stages.train_proxies import TrainProxies
 
 _HOME = {
     "CountTokens": "count_tokens",

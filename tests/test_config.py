@@ -79,7 +79,7 @@ def test_unknown_scorer_suggests_the_nearest(tmp_path: Path) -> None:
     path = _faulty(tmp_path)
     text = path.read_text(encoding="utf-8").replace("fineweb-edu:", "fineweb-eud:")
     path.write_text(text.replace("scorer_name: fineweb-edu", "scorer_name: fineweb-eud"), encoding="utf-8")
-    with pytest.raises(RecipeError, match="no plug-in 'fineweb-eud'.*did you mean 'fineweb-edu'"):
+    with pytest.raises(RecipeError, match=r"no plug-in 'fineweb-eud'.*did you mean 'fineweb-edu'"):
         load_recipe(path)
 
 
@@ -97,7 +97,7 @@ def test_unknown_scorer_suggests_the_nearest(tmp_path: Path) -> None:
 def test_yaml_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text.replace("CANARY", str(tmp_path / "canary")), encoding="utf-8")
-    with pytest.raises(RecipeError, match=".*") as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert expected in str(caught.value)
     assert not (tmp_path / "canary").exists()

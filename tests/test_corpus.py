@@ -92,9 +92,9 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
 
 def test_parquet_column_faults_name_the_column(tmp_path: Path) -> None:
     path = _parquet(tmp_path / "a.parquet", doc_id=["1"], content=["x"])
-    with pytest.raises(InputError, match="no column 'text'.*found doc_id, content; set corpus.text"):
+    with pytest.raises(InputError, match=r"no column 'text'.*found doc_id, content; set corpus.text"):
         _check(path)
-    with pytest.raises(InputError, match="no column 'id'.*did you mean 'doc_id'"):
+    with pytest.raises(InputError, match=r"no column 'id'.*did you mean 'doc_id'"):
         _check(path, text="content")
     numbers = _parquet(tmp_path / "n.parquet", id=["1"], text=[5])
     with pytest.raises(InputError, match="column 'text' is int64"):

@@ -36,7 +36,8 @@ def test_the_largest_id_survives_on_both_sides_of_the_type_switch(tmp_path, voca
     prefix = write(tmp_path, [ids], vocabulary)
     file = TokenFile.open(prefix)
     assert file.dtype == kind
-    assert file.document(0).tolist() == ids == np.array(IndexedDataset(str(prefix))[0]).tolist()
+    theirs = IndexedDataset(str(prefix))  # held: its arrays die with it
+    assert file.document(0).tolist() == ids == np.array(theirs[0]).tolist()
 
 
 def test_arrays_outlive_the_reader(tmp_path):
