@@ -63,8 +63,7 @@ _RC: Any = {
     "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 10),
 }
 
 
@@ -171,9 +170,7 @@ def sampling_curve(theta: Parameters, domain: int, rank_limit: float, value_limi
         axes.set_xlabel("r̄ (% of domain tokens)", fontsize=10, labelpad=2)
         axes.set_ylabel("S (copies)", fontsize=10, labelpad=2)
         axes.grid()
-        described = (
-            f"{value[0]:.2f} expected copies of the best document; the window ends at {100 * omega:.2f} percent."
-        )
+        described = f"{value[0]:.2f} expected copies of the best document; window up to {100 * omega:.2f} percent."
         return _svg(figure, f"curve {domain} {name}", f"Sampling curve of {name}", described)
 
 

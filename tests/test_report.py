@@ -353,4 +353,4 @@ def test_sampling_curve_ends_at_the_window_of_its_domain():
     x, y = np.array(points, dtype=float).T
     falls = np.flatnonzero(np.diff(y) > 20)  # y grows downwards
     left, right = 40, 188 - 6
-    assert [x[i] for i in falls] == pytest.approx([(left + right) / 2], abs=0.6)
+    assert [x[i] for i in falls] == pytest.approx([(left + right) / 2], abs=0.1)

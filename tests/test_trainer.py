@@ -1,5 +1,6 @@
 """Training: the same bits twice, learning on real text, clear errors, and resumable stages around it."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +57,19 @@ def pool_prefix(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pieces(pool_prefix):
-    return TokenPool.open([pool_prefix]).pieces(None, None, 64, 60_000, 1).tokens
+    return TokenPool.open([pool_prefix]).pieces(None, None, 64, 12_800, 1).tokens
 
 
 @pytest.fixture(scope="module")
-def learnt(pieces, validation):
-    return TorchTrainer(**TINY).train(pieces, validation_sets(validation, "search"), 0, 4096)
+def learnt(pool_prefix, validation):
+    pieces = TokenPool.open([pool_prefix]).pieces(None, None, 128, 100_000, 1).tokens
+    return TorchTrainer(batch_size=2).train(pieces, validation_sets(validation, "search"), 0, 4096)
 
 
 def test_real_text_is_learnt_below_the_unigram_entropy(learnt):
-    assert learnt.curve[-1].train_loss < learnt.unigram_entropy - 0.1
+    assert learnt.curve[-1].train_loss < learnt.unigram_entropy - 0.2
     assert learnt.curve[0].train_loss > learnt.unigram_entropy
-    assert learnt.tokens_seen == learnt.curve[-1].tokens_seen == 938 * 64
+    assert learnt.tokens_seen == learnt.curve[-1].tokens_seen == 782 * 128
     assert set(learnt.losses) == {"arc_easy", "hellaswag", "mmlu", "openbookqa"}
 
 
@@ -79,7 +81,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validati
         for threads, seed in ((1, 0), (2, 0), (2, 1)):
             torch.set_num_threads(threads)
             torch.manual_seed(threads)
-            results.append(TorchTrainer(**TINY).train(pieces[:200], sets, seed, 4096))
+            results.append(TorchTrainer(**TINY).train(pieces[:100], sets, seed, 4096))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -93,7 +95,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validati
 def test_low_precision_stays_close_to_float32(pieces, validation):
     sets = validation_sets(validation, "search")
     exact, low = (
-        TorchTrainer(**TINY, dtype=dtype).train(pieces[:400], sets, 0, 4096).losses for dtype in ("float32", "bfloat16")
+        TorchTrainer(**TINY, dtype=dtype).train(pieces, sets, 0, 4096).losses for dtype in ("float32", "bfloat16")
     )
     assert exact != low
     assert all(exact[task] == pytest.approx(low[task], abs=0.03) for task in exact)
@@ -153,7 +155,7 @@ def test_bad_training_data_and_divergence_are_errors(pieces, validation):
             TorchTrainer(**TINY).train(data, sets, 0, vocabulary)
     with pytest.raises(InputError, match="no sets"):
         TorchTrainer(**TINY).train(pieces[:50], [], 0, 4096)
-    with pytest.raises(QuadmixError, match="diverged.*learning_rate"):
+    with pytest.raises(QuadmixError, match=r"diverged.*learning_rate"):
         TorchTrainer(**TINY, learning_rate=1e30).train(pieces[:80], sets, 0, 4096)
 
 
@@ -195,6 +197,7 @@ def test_the_stage_trains_records_and_resumes(work):
     assert {path: stage.step.path(path).stat().st_mtime_ns for path in paths} == before
     stage.step.path(paths[0]).unlink()
     stage.teardown()
+    stage = pickle.loads(pickle.dumps(stage))  # noqa: S301 - as an executor sends it to a worker
     again = stage.process(tasks[0]).data.to_pylist()[0]
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first[0].items() if k != "seconds"}
 
