@@ -283,9 +283,10 @@ def _quiet(verbose: bool) -> None:
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     defaults = {
-        "LOGURU_LEVEL": "INFO" if verbose else "ERROR",
+        "DASK_LOGGING__DISTRIBUTED": "info" if verbose else "error",
         "TRANSFORMERS_VERBOSITY": "warning" if verbose else "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "0" if verbose else "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "1",
@@ -293,7 +294,10 @@ def _quiet(verbose: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if not verbose:
-        for name in ("distributed", "megatron", "transformers", "matplotlib"):
+        from loguru import logger
+
+        logger.disable("nemo_curator")  # LOGURU_LEVEL has no effect: a dependency adds a handler of its own
+        for name in ("megatron", "transformers", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -26,6 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # never pickles, never code
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.txt", "vocab.json")
 _LONGEST_INPUT = 512  # of the published models
 _CHARACTERS_PER_TOKEN = 8  # more than text has; where it is not, the whole document is tokenised
 
@@ -171,6 +172,8 @@ def load_transformers_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make an empty one
+        raise InputError(f"{folder}: holds no tokenizer; put the tokenizer.json of the model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds, some with several lines
@@ -203,6 +206,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
         raise InputError(f"{folder}/tokenizer.json: damaged ({first_line(error)}); fetch it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not the end of a document
     return tokenizer
 
 

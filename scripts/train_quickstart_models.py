@@ -10,10 +10,11 @@ import os
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # sums in a fixed order: the same tokenizer every time
 
 import argparse
-import ctypes
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fasttext
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -195,17 +195,17 @@ def train_ask_llm(folder: Path, documents: Documents) -> None:
 def train_dclm_fasttext(folder: Path, documents: Documents) -> None:
     """FastText with word pairs and the labels hq and cc; one thread, so that the file is the same every time."""
     labels = np.where(prose_labels(documents), "__label__hq", "__label__cc")
-    # With one thread fastText draws a tenth of its initial weights and leaves the rest as the memory is: NaN at worst.
-    # Blocks that malloc takes from the system one by one are zero.
-    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         for label, text in zip(labels, documents.texts, strict=True):
             file.write(f"{label} {' '.join(text.strip().splitlines())}\n")
         file.flush()
-        model = fasttext.train_supervised(
-            file.name, dim=8, wordNgrams=2, bucket=20000, minCount=8, epoch=5, lr=0.2, thread=1, seed=SEED, verbose=0
-        )
-    model.save_model(str(folder / "model.bin"))
+        options = {"dim": 8, "wordNgrams": 2, "bucket": 20000, "minCount": 8, "epoch": 5, "lr": 0.2}
+        options |= {"thread": 1, "seed": SEED, "verbose": 0}
+        program = f"import fasttext; fasttext.train_supervised({file.name!r}, **{options}).save_model('model.bin')"
+        # With one thread fastText draws a tenth of its initial weights and leaves the rest as the memory is: NaN at
+        # worst. In a new process, blocks that malloc takes from the system one by one are zero.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True)  # noqa: S603
 
 
 def fit(
@@ -374,17 +374,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"tokenizer, {', '.join(RECIPES)}; default all")
     parser.add_argument("--out", type=Path, default=QUICKSTART / "models")
+    parser.add_argument("--cards-only", action="store_true", help="measure again and rewrite the cards")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     documents = Documents.read()
     names = arguments.names or ["tokenizer", *RECIPES]
-    for name, folder in fresh_folders(arguments.out, names):
+    for name, folder in fresh_folders(arguments.out, [] if arguments.cards_only else names):
         started = time.perf_counter()
         torch.manual_seed(SEED)
         if name == "tokenizer":
             train_eod_tokenizer(folder, documents.texts)
         else:
             RECIPES[name].train(folder, documents)
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(0o644)  # transformers writes them for the owner alone
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{name}: {size / 1e6:.2f} MB, {time.perf_counter() - started:.0f} s", flush=True)
     for name in [name for name in names if name in RECIPES]:

@@ -96,6 +96,16 @@ def test_every_beginning_has_the_domains_in_their_shares(counts, seed, data):
     assert (np.abs(found - length * share) <= 1 + len(counts) * share).all()
 
 
+def test_pieces_are_shuffled_and_say_their_domain(pool):
+    pieces = pool.pieces(None, DOMAINS, CONTEXT, (int(pool.lengths.sum()) - 1) // CONTEXT * CONTEXT, 2)
+    first_document = pieces.tokens[:, 0] // 64
+    assert np.array_equal(pieces.domain_ids, DOMAINS[first_document])
+    half = np.bincount(pieces.domain_ids[: len(pieces.domain_ids) // 2], minlength=3)
+    assert (np.abs(half - np.bincount(pieces.domain_ids) / 2) <= 2).all()
+    followers = pieces.tokens[1:, 0] == pieces.tokens[:-1, -1]
+    assert followers.mean() < 0.1
+
+
 def test_items_of_a_domain_are_shuffled():
     orders = {tuple(stratified_order(np.zeros(6, dtype=int), seed)) for seed in range(30)}
     assert len(orders) > 20

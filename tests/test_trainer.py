@@ -1,5 +1,6 @@
 """Training: the same bits twice, learning on real text, clear errors, and resumable stages around it."""
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from quadmix_plugin.corpus import list_files
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.megatron import write_documents
 from quadmix_plugin.parameters import ParameterSpace
+from quadmix_plugin.proxy import trainer
 from quadmix_plugin.proxy.model import Decoder
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.trainer import TorchTrainer
 from quadmix_plugin.proxy.validation import Row, choose_rows, evaluate, read_rows, tokenise_rows, validation_sets
 from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_part_path, pretrain_tasks
 from quadmix_plugin.stages.train_proxies import ProxyTable, TrainProxies, merge_parts, part_path, proxy_tasks
+from quadmix_plugin.store import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 TINY = {"shape_options": {"width": 32, "ffn": 64, "heads": 2, "context": 64}}
@@ -73,8 +76,10 @@ def test_real_text_is_learnt_below_the_unigram_entropy(learnt):
     assert set(learnt.losses) == {"arc_easy", "hellaswag", "mmlu", "openbookqa"}
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validation):
+def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validation, monkeypatch):
     sets = validation_sets(validation, "search")
+    inside = []
+    monkeypatch.setattr(trainer, "evaluate", lambda *given: inside.append(torch.get_num_threads()) or evaluate(*given))
     before = torch.get_num_threads()
     results = []
     try:
@@ -85,6 +90,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validati
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    assert set(inside) == {1}
     same, again, other = results
     assert same.losses == again.losses
     assert same.curve == again.curve
@@ -226,6 +232,22 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
     model.load_state_dict(loaded.state_dict())
     for each in validation_sets(pq.read_table(work[0].validation), "report"):
         assert evaluate(model, each) == pytest.approx(found[f"loss_{each.task}"], abs=1e-5)
+
+
+def test_worker_processes_give_the_same_bits_as_this_process(work, dask_executor, tmp_path):
+    from nemo_curator.pipeline import Pipeline
+
+    from quadmix_plugin.executors import InlineExecutor
+
+    stage, tasks = work
+    found = []
+    for name, executor in (("inline", InlineExecutor()), ("dask", dask_executor)):
+        step = RunDirectory.open(tmp_path / name).step("proxies", "key")
+        pipeline = Pipeline(name=name, stages=[dataclasses.replace(stage, step=step)])
+        rows = [task.data.to_pylist()[0] for task in pipeline.run(executor, initial_tasks=tasks[:2]) or []]
+        found.append(sorted([{k: v for k, v in r.items() if k != "seconds"} for r in rows], key=lambda r: r["proxy"]))
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 def test_a_batch_made_with_pandas_is_read_alike(work):

@@ -111,15 +111,7 @@ class TokenPool:
             InputError: arrays of another length, a negative number of copies, or a selection that is empty or smaller
                 than one batch.
         """
-        copies = np.ones(self.n_documents, dtype=np.int32) if copies is None else np.asarray(copies)
-        domains = np.zeros(self.n_documents, dtype=np.int64) if domain_ids is None else np.asarray(domain_ids)
-        if copies.shape != self.lengths.shape or domains.shape != self.lengths.shape:
-            raise InputError(
-                f"pool: {self.n_documents} documents, but {copies.size} numbers of copies and {domains.size} domains; "
-                f"the pool and the labels are not of one run"
-            )
-        if copies.size and copies.min() < 0:
-            raise InputError(f"copies: {int((copies < 0).sum())} documents have a negative number")
+        copies, domains = self._selection(copies, domain_ids)
         if n_tokens < 1:
             raise InputError(f"{n_tokens} training tokens; give a positive number")
         selected = int((self.lengths * copies).sum())
@@ -140,6 +132,23 @@ class TokenPool:
         by_domain = np.bincount(domains, weights=self.lengths * copies, minlength=1).astype(np.int64)
         unique = int(self.lengths[copies > 0].sum())
         return Pieces(tokens, piece_domains, needed * context, selected, unique, by_domain)
+
+    def _selection(
+        self, copies: NDArray[np.int32] | None, domain_ids: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The two arrays, None replaced, lengths and signs checked."""
+        copies = np.ones(self.n_documents, dtype=np.int32) if copies is None else np.asarray(copies)
+        domains = np.zeros(self.n_documents, dtype=np.int64) if domain_ids is None else np.asarray(domain_ids)
+        if copies.shape != self.lengths.shape or domains.shape != self.lengths.shape:
+            raise InputError(
+                f"pool: {self.n_documents} documents, but {copies.size} numbers of copies and {domains.size} domains; "
+                f"the pool and the labels are not of one run"
+            )
+        if copies.size and copies.min() < 0:
+            raise InputError(
+                f"copies: {int((copies < 0).sum())} documents have a negative number; give what draw_copies returns"
+            )
+        return copies, domains
 
     def _epoch(
         self, documents: NDArray[np.int64], domains: NDArray[np.int64], context: int, count: int, seed: list[int]
