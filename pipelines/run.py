@@ -8,6 +8,7 @@ from typing import Any
 
 from quadmix_plugin.errors import UsageError
 from quadmix_plugin.pipelines.context import STEPS, Run
+from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     """Runs these steps and returns what the command line prints: seconds per step, headlines, the report's path."""
     if run.recipe.select.theta:  # parameters are given, so none are searched
         steps = [name for name in steps if name not in ("proxies", "search")]
+    check_before_work(run, steps)
     seconds, was_done = {}, {}
     for name in steps:
         started = time.monotonic()

@@ -61,6 +61,11 @@ class LightGBM:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     _model: Any = field(default=None, init=False, repr=False, compare=False)
 
+    @property
+    def fewest_rows(self) -> int:
+        """With fewer rows there could be no two leaves."""
+        return 2 * self.min_child_samples
+
     def fit(self, x: ArrayLike, y: ArrayLike) -> None:
         """Fits the trees to y [n] from x [n, f]; a missing feature may be NaN.
 
@@ -75,10 +80,10 @@ class LightGBM:
         if (bad := ~np.isfinite(target)).any():
             raise InputError(f"regressor: losses of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; drop them")
         train, held = self._split(target.size)
-        if train.size < 2 * self.min_child_samples:
+        if train.size < self.fewest_rows:
             raise InputError(
                 f"regressor: {train.size} rows to fit on, but min_child_samples={self.min_child_samples} needs "
-                f"{2 * self.min_child_samples}; train more proxies or lower min_child_samples"
+                f"{self.fewest_rows}; train more proxies or lower min_child_samples"
             )
         parameters = self._parameters()
         rows = lightgbm.Dataset(features[train], target[train], params=parameters)

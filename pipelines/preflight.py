@@ -1,0 +1,75 @@
+"""What can be known to be wrong before any work starts: checked whole, so that no run fails hours later."""
+
+from collections.abc import Sequence
+
+from quadmix_plugin import registry
+from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.models import load_tokenizer
+from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
+from quadmix_plugin.stages.export_tokens import end_of_document
+from quadmix_plugin.stages.merge_rank import load_theta
+
+_RESERVED = "objective"
+"""The report's name for the weighted mean of the tasks."""
+
+
+def check_before_work(run: Run, steps: Sequence[str]) -> None:
+    """Checks tokenizer, validation rows, objective and given parameters for those of ``steps`` that are not done.
+
+    Raises:
+        RecipeError: a key that does not fit the others, or the data that it names.
+        InputError: validation rows that cannot be used.
+    """
+    todo = [name for name in steps if name != "report" and not run.step(name).is_done]
+    if not todo:
+        return
+    _ = run.corpus_files
+    recipe = run.recipe
+    tokenizer = load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision)
+    try:
+        eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
+    except InputError as error:
+        raise RecipeError(f"tokenizer.eod: {error}") from error
+    if {"proxies", "search"} & set(todo):
+        _check_number_of_proxies(run)
+    if recipe.select.theta and "select" in todo:
+        theta = load_theta(recipe.select.theta)
+        if theta.scorers != run.scorers:
+            raise RecipeError(
+                f"select.theta: {recipe.select.theta} was made for the scorers {', '.join(theta.scorers)}; scorers has "
+                f"{', '.join(run.scorers)}"
+            )
+    if {"proxies", "search", "pretrain"} & set(todo):
+        rows = _validation_rows(run)
+        for section in (recipe.proxy, recipe.pretrain):
+            context = registry.create("trainers", section.trainer, section.options).context
+            table = tokenise_rows(rows, tokenizer, eod, context, recipe.validation.mask_prompt)
+            for part in ("search", "report"):
+                validation_sets(table, part)
+
+
+def _check_number_of_proxies(run: Run) -> None:
+    """The regressor must be able to learn from what is left of the proxies when one fold is held back."""
+    settings, number = run.recipe.search, run.recipe.proxy.number
+    regressor = registry.create("regressors", settings.regressor, settings.options, "search.options")
+    fewest = getattr(regressor, "fewest_rows", 2)
+    left = number - -(-number // settings.folds)
+    if number < settings.folds or left < fewest:
+        raise RecipeError(
+            f"proxy.number: {number} proxies leave {max(left, 0)} to fit on in a {settings.folds}-fold "
+            f"cross-validation; {settings.regressor} needs {fewest}, so train more proxies"
+        )
+
+
+def _validation_rows(run: Run) -> list[Row]:
+    section = run.recipe.validation
+    rows = read_rows(run.validation_files, section.prompt, section.response, section.task)
+    tasks = {row.task for row in rows}
+    if unknown := sorted(set(run.recipe.search.objective) - tasks):
+        raise RecipeError(
+            f"search.objective: no validation rows of {', '.join(unknown)}; tasks are {', '.join(sorted(tasks))}"
+        )
+    if _RESERVED in tasks:
+        raise InputError(f"validation: a task is named {_RESERVED!r}, the name of the weighted mean; rename it")
+    return choose_rows(rows, section.rows_per_task)
