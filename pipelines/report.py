@@ -106,7 +106,10 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
     return {
         **found,
         "predictions": step.read_table("search/predictions.parquet"),
-        "metrics": {**metrics["targets"], "objective": metrics["objective"]},
+        "metrics": {
+            **metrics["targets"],
+            "objective": {**metrics["objective"], "mae": metrics["objective"]["mae_loss"]},
+        },
         "search": SearchOutcome(
             weights, _weighted(optimum["losses"], weights), _weighted(best["losses"], weights), best["number"], facts
         ),

@@ -114,5 +114,12 @@ def _metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> dict[str
     tasks = {
         task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict()} for task, each in judged.items()
     }
-    objective = _objective_metrics(judged, proposal).to_dict()
+    objective = {**_objective_metrics(judged, proposal).to_dict(), "mae_loss": _mean_loss_error(judged, proposal)}
     return {"targets": tasks, "objective": objective, "optimum": proposal.to_dict()}
+
+
+def _mean_loss_error(judged: dict[str, CrossValidation], proposal: Proposal) -> float:
+    """The mean absolute error of the weighted mean loss, in nats per token rather than standardised."""
+    weights = proposal.objective.weights
+    errors = [weights[task] * (judged[task].predicted - judged[task].real) for task in proposal.objective.tasks]
+    return float(np.abs(np.sum(errors, axis=0)).mean())
