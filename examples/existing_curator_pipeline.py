@@ -22,7 +22,7 @@ from quadmix_plugin.stages import DomainClassify, MergeRank, QualityScore, Sigmo
 MODELS = Path(__file__).parent / "quickstart" / "models"
 
 
-def build(corpus: list[str], run: Path, out: Path, models: Path = MODELS) -> Pipeline:
+def build(corpus: list[str], run: Path, out: Path, models: Path = MODELS, seed: int = 0) -> Pipeline:
     theta = str(run / "selection" / "theta.json")
     pipeline = Pipeline(name="select_new_documents")
     pipeline.add_stage(ParquetReader(file_paths=corpus, files_per_partition=1, fields=["doc_id", "text"]))
@@ -37,7 +37,7 @@ def build(corpus: list[str], run: Path, out: Path, models: Path = MODELS) -> Pip
             rank_map=str(run / "selection" / "rank_map.parquet"),
         )
     )
-    pipeline.add_stage(SigmoidSample(theta=theta, expand=True))
+    pipeline.add_stage(SigmoidSample(theta=theta, seed=seed, expand=True))
     pipeline.add_stage(ParquetWriter(path=str(out), fields=["doc_id", "text", "domain", "sampling_value", "copies"]))
     return pipeline
 

@@ -23,7 +23,7 @@ from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
 from quadmix_plugin.corpus import CorpusFile, list_files
 from quadmix_plugin.errors import QuadmixError, RecipeError
 from quadmix_plugin.normalisation import Normaliser
-from quadmix_plugin.schema import DOC_ID, DOMAIN, TOKENS, ScoreTable, score_column
+from quadmix_plugin.schema import DOC_ID, DOMAIN, OTHER_DOMAIN, TOKENS, ScoreTable, score_column
 from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain",),
     "report": ("name",),
 }
-
-OTHER_DOMAIN = "other"
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -141,11 +139,6 @@ class Run:
     def normalised(self) -> NDArray[Any]:
         """σ(q) of the whole corpus, float32 [n, N]."""
         return self.normaliser.apply(self.table.scores)
-
-    @property
-    def other_domain(self) -> str | None:
-        """The domain that stands for folded ones, if this run folds any."""
-        return OTHER_DOMAIN if self.recipe.rank.merge_small_domains else None
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def _fit_rank(run: Run, theta: Parameters) -> RankMap:
     label = run.require("label")
     stages = [
         ReadShards(step=label, folder="labels", columns=[DOMAIN, TOKENS, *map(score_column, run.scorers)]),
-        FitRank(theta=theta, normaliser=run.normaliser, other_domain=run.other_domain),
+        FitRank(theta=theta, normaliser=run.normaliser),
     ]
     states = Pipeline("fit_rank", stages=stages).run(run.executor, initial_tasks=shard_tasks(run.label_shards))
     return RankMap.merge(
@@ -138,7 +138,6 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
     todo = [shard for shard in run.label_shards if step.entry(f"selection/{shard}.parquet") is None]
     if not todo:
         return
-    other = run.other_domain
     stages = [
         ReadShards(step=run.require("label"), folder="labels"),
         MergeRank(
@@ -146,9 +145,8 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
             normaliser=run.normaliser,
             rank_map=RankMap.from_table(step.read_table("selection/rank_map.parquet")),
             ties=run.recipe.rank.ties,
-            other_domain=other,
         ),
-        SigmoidSample(theta=theta, seed=run.recipe.seed, other_domain=other),
+        SigmoidSample(theta=theta, seed=run.recipe.seed),
         WriteShards(step=step, folder="selection", columns=_COLUMNS),
     ]
     Pipeline("select", stages=stages).run(run.executor, initial_tasks=shard_tasks(todo))

@@ -21,6 +21,9 @@ QUALITY_RANK = "quality_rank"
 SAMPLING_VALUE = "sampling_value"
 COPIES = "copies"
 
+OTHER_DOMAIN = "other"
+"""The domain that small domains are folded into."""
+
 
 def score_column(scorer: str) -> str:
     """The raw column of a scorer: ``score_<scorer>``."""

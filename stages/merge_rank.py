@@ -21,7 +21,7 @@ from quadmix_plugin.errors import InputError
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.ranking import RankMap, Ties, merge_quality
-from quadmix_plugin.schema import DOMAIN, MERGED_QUALITY, QUALITY_RANK, TOKENS, score_column
+from quadmix_plugin.schema import DOMAIN, MERGED_QUALITY, OTHER_DOMAIN, QUALITY_RANK, TOKENS, score_column
 from quadmix_plugin.stages.labelling import with_column
 
 
@@ -32,12 +32,10 @@ class FitRank(ProcessingStage[DocumentBatch, DocumentBatch]):
     Args:
         theta: parameters with named domains and scorers, or the path of a ``theta.json``.
         normaliser: σ, or the path of a ``normaliser.json``.
-        other_domain: the domain that stands in for domains θ does not name; None refuses them.
     """
 
     theta: Parameters | str
     normaliser: Normaliser | str
-    other_domain: str | None = None
     name: str = "fit_rank"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
     batch_size: int = 1
@@ -58,7 +56,7 @@ class FitRank(ProcessingStage[DocumentBatch, DocumentBatch]):
     def process(self, task: DocumentBatch) -> DocumentBatch:
         """The rank state of one batch."""
         table = task.to_pyarrow()
-        ids = domain_ids(table, _theta(self), self.other_domain)
+        ids = domain_ids(table, _theta(self))
         state = RankMap.fit(_merged(table, ids, _theta(self), self.normaliser), ids, table[TOKENS].to_numpy())
         return DocumentBatch(
             dataset_name=task.dataset_name,
@@ -77,7 +75,6 @@ class MergeRank(ProcessingStage[DocumentBatch, DocumentBatch]):
         normaliser: σ, or the path of a ``normaliser.json``.
         rank_map: the merged states of pass 1 over the whole corpus, or the path of a ``rank_map.parquet``.
         ties: ``paper`` counts a whole tie group, ``mid`` half of it.
-        other_domain: the domain that stands in for domains θ does not name; None refuses them.
 
     Raises:
         InputError: θ without names, a normaliser of other scorers, or a domain that θ does not know.
@@ -87,7 +84,6 @@ class MergeRank(ProcessingStage[DocumentBatch, DocumentBatch]):
     normaliser: Normaliser | str
     rank_map: RankMap | str
     ties: Ties = "paper"
-    other_domain: str | None = None
     name: str = "merge_rank"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
     batch_size: int = 1
@@ -110,7 +106,7 @@ class MergeRank(ProcessingStage[DocumentBatch, DocumentBatch]):
     def process(self, task: DocumentBatch) -> DocumentBatch:
         """Adds the two columns to one batch."""
         table = task.to_pyarrow()
-        ids = domain_ids(table, _theta(self), self.other_domain)
+        ids = domain_ids(table, _theta(self))
         merged = _merged(table, ids, _theta(self), self.normaliser)
         assert isinstance(self.rank_map, RankMap)  # noqa: S101 - set in __post_init__
         ranks = self.rank_map.rank(merged, ids, self.ties)
@@ -136,15 +132,15 @@ def load_normaliser(normaliser: Normaliser | str | Path) -> Normaliser:
         raise InputError(f"{path}: not a normaliser ({error}); give the normaliser.json of a run") from error
 
 
-def domain_ids(table: pa.Table, theta: Parameters, other_domain: str | None = None) -> NDArray[np.int64]:
-    """The position in θ of each row's domain.
+def domain_ids(table: pa.Table, theta: Parameters) -> NDArray[np.int64]:
+    """The position in θ of each row's domain; domains that θ does not name count as its domain ``other``.
 
     Raises:
-        InputError: a domain that θ does not name, when there is no ``other_domain``.
+        InputError: a domain that θ does not name, when it has no domain ``other``.
     """
     position = {name: m for m, name in enumerate(theta.domains)}
     names = table[DOMAIN].to_pylist()
-    fallback = position.get(other_domain) if other_domain else None
+    fallback = position.get(OTHER_DOMAIN)
     unknown = sorted({str(name) for name in names if name not in position})
     if unknown and fallback is None:
         raise InputError(

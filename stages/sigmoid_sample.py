@@ -24,14 +24,12 @@ class SigmoidSample(ProcessingStage[DocumentBatch, DocumentBatch]):
         id_field: column with the document's id.
         expand: True writes each document ``copies`` times, and those with none not at all, for pipelines that write
             text next; False (the default) keeps one row per document.
-        other_domain: the domain that stands in for domains θ does not name; None refuses them.
     """
 
     theta: Parameters | str
     seed: int = 0
     id_field: str = DOC_ID
     expand: bool = False
-    other_domain: str | None = None
     name: str = "sigmoid_sample"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
     batch_size: int = 1
@@ -51,7 +49,7 @@ class SigmoidSample(ProcessingStage[DocumentBatch, DocumentBatch]):
         """Adds the two columns to one batch."""
         assert isinstance(self.theta, Parameters)  # noqa: S101 - set in __post_init__
         table = task.to_pyarrow()
-        ids = domain_ids(table, self.theta, self.other_domain)
+        ids = domain_ids(table, self.theta)
         value = sampling_value(table[QUALITY_RANK].to_numpy(), ids, self.theta)
         copies = draw_copies(value, table[self.id_field], self.seed)
         sampled = with_column(task, SAMPLING_VALUE, value, pa.float64())

@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a real Dask cluster: worker processes on loopback, shared by the whole session."""
+"""Fixtures that are dear to make: a real Dask cluster on loopback and a finished run, shared by the whole session."""
 
 import pytest
 
@@ -36,3 +36,24 @@ def run_dir(tmp_path):
     from quadmix_plugin.store import RunDirectory
 
     return RunDirectory.open(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def recipe_path(tmp_path_factory):
+    """A recipe over a tenth of the quickstart corpus."""
+    from small_run import write_small_recipe
+
+    return write_small_recipe(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def finished(recipe_path):
+    """The run directory of that recipe after an undisturbed run in one process; tests only read it."""
+    from quadmix_plugin.config import load_recipe
+    from quadmix_plugin.pipelines.context import open_run
+    from quadmix_plugin.pipelines.run import run_steps
+
+    out = recipe_path.parent / "out"
+    with open_run(load_recipe(recipe_path), out) as run:
+        run_steps(run)
+    return out

@@ -40,20 +40,6 @@ main()
 """
 
 
-@pytest.fixture(scope="session")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_recipe(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="session")
-def finished(recipe_path: Path) -> Path:
-    """The run directory of an undisturbed run in one process."""
-    out = recipe_path.parent / "out"
-    with open_run(load_recipe(recipe_path), out) as run:
-        run_steps(run)
-    return out
-
-
 def _results(out: Path) -> dict[str, bytes]:
     """The artifacts that must not depend on how the run went."""
     names = ["search/theta.json", "proxies/thetas.parquet", "normalise/normaliser.json", "selection/summary.json"]
