@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -254,7 +255,8 @@ class RayExecutor(BaseExecutor):
 
     Args:
         backend: "ray_data" or "xenna"; xenna runs in batch mode unless ``config`` says otherwise.
-        num_cpus: cores that Ray may use; all by default.
+        num_cpus: what Ray counts as cores; by default the machine's, or more where the stages ask for more together
+            (each holds its own while it waits, so with fewer they would wait for one another for ever).
         config: handed to Curator's executor.
     """
 
@@ -278,7 +280,7 @@ class RayExecutor(BaseExecutor):
         if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
             with _ray_on_loopback():
                 ray.init(
-                    num_cpus=self.num_cpus or len(os.sched_getaffinity(0)),
+                    num_cpus=self.num_cpus or _logical_cores(stages),
                     include_dashboard=self.backend == "xenna",  # Xenna asks it for the state of its actors
                     dashboard_host="127.0.0.1",
                     _node_ip_address="127.0.0.1",
@@ -288,6 +290,11 @@ class RayExecutor(BaseExecutor):
             return list(Backend(self.config).execute(stages, initial_tasks) or [])
         finally:
             ray.shutdown()
+
+
+def _logical_cores(stages: Sequence[ProcessingStage]) -> int:
+    wanted = 1 + math.ceil(sum(stage.resources.cpus for stage in stages))
+    return max(wanted, len(os.sched_getaffinity(0)))
 
 
 def refuse_ray_only(stages: Sequence[ProcessingStage], where: str) -> None:
