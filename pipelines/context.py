@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
 from quadmix_plugin.corpus import CorpusFile, list_files
 from quadmix_plugin.errors import QuadmixError, RecipeError
+from quadmix_plugin.models import choose_device
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.schema import DOC_ID, DOMAIN, OTHER_DOMAIN, TOKENS, ScoreTable, score_column
 from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
@@ -178,6 +179,9 @@ def executor_of(recipe: Recipe) -> BaseExecutor:
     options: dict[str, Any] = {}
     if section.name == "dask":
         options = {"n_workers": section.workers, "address": section.address, "memory_limit": section.memory_limit}
+        if section.address is None and choose_device(section.device).startswith("cuda"):
+            # One worker, which owns the GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
+            options |= {"n_workers": section.workers or 1, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
 
 
