@@ -16,6 +16,9 @@ from quadmix_plugin.store import RunDirectory
 _FLOPS = 990e12 * 0.4
 """An H200's dense bf16 peak at 40 % utilisation."""
 
+_CORE_FLOPS = 50e9
+"""What one core reached on the quickstart's proxies (51 × 100,000 tokens, evaluation included, in 217 core-seconds)."""
+
 _BYTES_PER_TOKEN = 4.0
 
 
@@ -42,11 +45,11 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     work = {
         "label": f"{count} documents in {len(run.corpus_files)} files, {len(recipe.scorers)} scorers",
         "normalise": f"σ of {len(recipe.scorers)} scorers",
-        "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens, {hours['proxies']:.3g} GPU-hours",
+        "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
         "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
         "select": f"θ* and {', '.join(recipe.select.compare)}",
         "export": f"{len(recipe.select.compare) + 1} pairs of .bin/.idx",
-        "pretrain": f"{runs} models × {recipe.pretrain.tokens:,} tokens, {hours['pretrain']:.3g} GPU-hours",
+        "pretrain": f"{runs} models × {recipe.pretrain.tokens:,} tokens",
         "report": "report.html",
     }
     return {
@@ -56,7 +59,8 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
             "documents": documents,
             "tokens": f"{about}{tokens:,}",
             "proxies": proxies,
-            "GPU-hours": f"{sum(hours.values()):.3g} (H200 at 40 % of its bf16 peak)",
+            "training": f"{sum(hours.values()):.2g} GPU-hours (H200 at 40 % of its bf16 peak), or "
+            f"{sum(hours.values()) * _FLOPS / _CORE_FLOPS:.2g} core-hours without a GPU",
             "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
         },
         "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in STEPS],
