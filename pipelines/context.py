@@ -226,9 +226,11 @@ def _refuse_other_recipe(run: Run) -> None:
         if not line.startswith("executor.")
     ]
     what = "; ".join(lines) or "the files that the recipe names have changed since"
+    made = [name for name in STEPS[STEPS.index(stale[0]) :] if run.directory.recorded_keys(name)]
+    folders = " ".join(str(run.directory.root / "manifest" / name) for name in made)
     raise RecipeError(
         f"{run.directory.root}: the step {stale[0]!r} there was made from other settings ({what}); give another --out, "
-        f"or delete {run.directory.root / 'manifest'}/{{{','.join(STEPS[STEPS.index(stale[0]) :])}}} to make it anew"
+        f"or make it anew after: rm -r {folders}"
     )
 
 

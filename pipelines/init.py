@@ -1,5 +1,6 @@
 """``quadmix init``: a starter recipe for somebody's own data, its columns looked up where the data is given."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def write_starter(
         "corpus_path": corpus and str(Path(corpus).absolute()) if corpus and "://" not in corpus else corpus,
         "validation_path": validation and str(Path(validation).absolute()),
         "models": str(Path(models).absolute()) if models else "models",
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name)[:64],
         "merge_small": "0",
         "omega_max": "0.5",
     }
@@ -42,6 +44,8 @@ def write_starter(
     values |= _validation_columns(validation, notes)
     values["corpus_path"] = values["corpus_path"] or "data/corpus.parquet"
     values["validation_path"] = values["validation_path"] or "data/validation.jsonl"
+    if models and not (Path(models) / "tokenizer").is_dir():
+        notes.append(f"models: no folder {models}/tokenizer; edit the paths under tokenizer, domain and scorers")
     if not models:
         notes.append(
             "models: put the folders tokenizer/, domain/ and one per scorer under models/, or edit their paths"
@@ -63,7 +67,7 @@ def _corpus_columns(corpus: str | None, notes: list[str]) -> dict[str, str]:
     if text is None:
         notes.append(f"corpus.text: none of {', '.join(columns)} is a usual name for the text; set it")
     found_id = _pick(columns, _ID_NAMES)
-    notes.append(f"corpus: text from {text or '?'!s}, ids from {found_id or 'file name and row'}")
+    notes.append(f"corpus: text from {text or 'a column that you set'}, ids from {found_id or 'file name and row'}")
     return {"corpus_id": found_id or "null", "corpus_text": text or "text"}
 
 

@@ -10,8 +10,17 @@ from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
 from quadmix_plugin.ranking import RankMap
-from quadmix_plugin.report import ReportData, ScoreHistogram, SearchOutcome, SelectorShares, StepRows, render
+from quadmix_plugin.report import (
+    LOSS_PREFIX,
+    ReportData,
+    ScoreHistogram,
+    SearchOutcome,
+    SelectorShares,
+    StepRows,
+    render,
+)
 from quadmix_plugin.store import atomic_path
+from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
 
 _BINS = 40
 
@@ -36,14 +45,28 @@ def report(run: Run) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
+def verdict(run: Run) -> Verdict | None:
+    """What the comparison shows, in words; None while ``pretrain`` or ``search`` has not run."""
+    if not (run.step("pretrain").is_done and run.step("search").is_done):
+        return None
+    weights = run.step("search").read_json("search/metrics.json")["optimum"]["objective"]["weights"]
+    losses: dict[str, dict[str, list[float]]] = {}
+    for row in run.step("pretrain").read_table("pretrain/results.parquet").to_pylist():
+        tasks = {name.removeprefix(LOSS_PREFIX): row[name] for name in row if name.startswith(LOSS_PREFIX)}
+        for measure, loss in {OBJECTIVE: _weighted(tasks, weights), **tasks}.items():
+            losses.setdefault(row["selector"], {}).setdefault(measure, []).append(loss)
+    return judge(losses, QUADMIX)
+
+
 def _steps(run: Run, done: set[str]) -> list[StepRows]:
     rows = []
     for name in STEPS:
         facts = run.step(name).summary() if name in done else None
         if facts is not None:
-            rows_in, rows_kept = facts.get("rows_in", run.table.n), facts.get("rows_kept", run.table.n)
+            rows_in = facts.get("rows_in", run.table.n)
             dropped, seconds = facts.get("dropped", {}), facts.get("seconds")
-            rows.append(StepRows(name, rows_in, rows_kept, dropped, seconds, facts.get("headline", "")))
+            kept = facts.get("rows_kept", rows_in)
+            rows.append(StepRows(name, rows_in, kept, dropped, seconds, facts.get("headline", "")))
     return rows
 
 

@@ -10,6 +10,7 @@ from quadmix_plugin.errors import UsageError
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
+from quadmix_plugin.pipelines.report import verdict
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,17 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     for name in steps:
         started = time.monotonic()
         was_done[name] = name != "report" and run.step(name).is_done
-        if not was_done[name]:
-            run.progress(name, 0, None)
         step_function(name)(run)
         seconds[name] = round(time.monotonic() - started, 2)
     write_provenance(run)
     headlines = [_headline(run, name, was_done[name], seconds[name]) for name in steps]
-    report = run.directory.root / "report.html"
-    return {"seconds": seconds, "headlines": headlines, "report": str(report) if "report" in steps else None}
+    found = verdict(run)
+    return {
+        "seconds": seconds,
+        "headlines": headlines,
+        "verdict": None if found is None else f"{found.headline} {found.numbers}".strip(),
+        "report": str(run.directory.root / "report.html") if "report" in steps else None,
+    }
 
 
 def step_function(name: str) -> Callable[[Run], None]:

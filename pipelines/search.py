@@ -20,6 +20,9 @@ from quadmix_plugin.search.regressors import Regressor
 
 LOSS_PREFIX = "loss_"
 
+_TRUSTED = 0.4
+"""Below this rank correlation the search orders unseen θ hardly better than chance (48 proxies: p = .005)."""
+
 
 def search(run: Run) -> None:
     """Writes ``search/theta.json``, ``predictions.parquet``, ``metrics.json`` and ``regressor.txt``.
@@ -58,9 +61,11 @@ def search(run: Run) -> None:
     text = "\n".join(f"# {task}\n{regressor.to_text()}" for task, regressor in proposal.regressors.items())
     step.write_text("search/regressor.txt", text)
     objective = _objective_metrics(judged, proposal)
+    guess = objective.spearman < _TRUSTED
+    doubt = " — little better than a guess: train more proxies, or on more tokens" if guess else ""
     step.finish(
         seconds=round(time.monotonic() - started, 2),
-        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman {objective.spearman:.2f}",
+        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman {objective.spearman:.2f}{doubt}",
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +30,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+_SECONDS_BETWEEN_LINES = 15.0
+
 _stdout = Console(soft_wrap=True)
 _stderr = Console(stderr=True, soft_wrap=True)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/NAME.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Sets a recipe key, such as proxy.number=64.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Sets a recipe key, such as proxy.number=64; paths are relative to the recipe.",
+    ),
 ]
 ExecutorName = Annotated[
     str | None, typer.Option("--executor", help="inline, dask, ray_data or xenna; default as in the recipe.")
@@ -46,24 +54,29 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Logs of the libr
 
 def main() -> None:
     """Entry point of the console script: runs a command and turns errors into one line and an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     as_json = "--json" in sys.argv[1:]
     try:
         app()
     except QuadmixError as error:
         _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130, as_json)
-    except _TerminatedError:
-        _fail("terminated; run the same command again to go on", 143, as_json)
+    except _StoppedError as stop:
+        _fail(f"{stop}; run the same command again to go on", stop.exit_code, as_json)
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM, as an exception so that clean-up runs."""
+class _StoppedError(BaseException):
+    """A signal as an exception, so that clean-up runs; not KeyboardInterrupt, which typer ends without a word."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__({signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)])
+        self.exit_code = 128 + number
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise _TerminatedError
+def _stop(number: int, frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the clean-up of the first, which may hang
+        signal.signal(each, lambda number, frame: os._exit(128 + number))
+    raise _StoppedError(number)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
@@ -75,12 +88,37 @@ def _fail(message: str, code: int, as_json: bool) -> None:
     sys.exit(code)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from quadmix_plugin import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="The version."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(rich_help_panel="Whole run")
 def run(
     recipe: RecipePath,
     out: Out = None,
     set_: Overrides = None,
-    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stops after this step.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            metavar="STEP",
+            help="Stops after this step: label (with normalise), proxies, search, select, export, pretrain, report.",
+        ),
+    ] = None,
     executor: ExecutorName = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -220,8 +258,9 @@ def _run_steps(
     if as_json:
         print(json.dumps({"out": str(folder), **summary}))
         return
-    for line in summary["headlines"]:
-        _stdout.print(line, markup=False, highlight=False)
+    for line in [*summary["headlines"], summary["verdict"]]:
+        if line:
+            _stdout.print(line, markup=False, highlight=False)
     if summary.get("report"):
         _stdout.print(f"report: {summary['report']}", markup=False)
 
@@ -243,7 +282,7 @@ def _progress(as_json: bool) -> Iterator[Callable[[str, int, int | None], None]]
         yield lambda stage, done, total: None
         return
     if not _stderr.is_terminal:
-        yield _print_when_done
+        yield _Lines()
         return
     from rich.progress import (
         BarColumn,
@@ -272,9 +311,19 @@ def _progress(as_json: bool) -> Iterator[Callable[[str, int, int | None], None]]
         yield update
 
 
-def _print_when_done(stage: str, done: int, total: int | None) -> None:
-    if total is not None and done >= total:
-        _stderr.print(f"{stage}: {done} done", markup=False, highlight=False)
+class _Lines:
+    """Progress without a terminal: a line when a stage ends, and every quarter of a minute while one goes on."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        ended = total is not None and done >= total
+        now = time.monotonic()
+        if ended or now - self._last.setdefault(stage, now) > _SECONDS_BETWEEN_LINES:
+            self._last[stage] = now
+            of = "" if total is None or ended else f" of {total}"
+            _stderr.print(f"{stage}: {done}{of} done", markup=False, highlight=False)
 
 
 def _quiet(verbose: bool) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import inspect
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +25,7 @@ from nemo_curator.tasks import EmptyTask, Task
 from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_error
 from quadmix_plugin.dask_worker import shard_of
 from quadmix_plugin.errors import QuadmixError, RecipeError
+from quadmix_plugin.ray_executor import RayExecutor
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -171,7 +171,10 @@ class DaskExecutor(BaseExecutor):
             except BaseException as error:
                 if flow is not None and not self._is_own and isinstance(error, Exception):
                     flow.abandon()
-                self.close()
+                try:
+                    self.close()
+                except (OSError, RuntimeError, TimeoutError) as late:  # must not take the place of the first error
+                    logger.warning("the Dask cluster did not close in time: %s", late)
                 raise
 
     def close(self) -> None:
@@ -222,20 +225,18 @@ class DaskExecutor(BaseExecutor):
         before = {key: os.environ.get(key) for key in (*self._env, "PYTHONHASHSEED")}
         scratch = tempfile.TemporaryDirectory(prefix="quadmix-dask-", ignore_cleanup_errors=True)
         try:
-            with (
-                scratch,
-                dask_config.set(config),
-                LocalCluster(
-                    n_workers=self._n_workers or CPU_COUNT,
-                    threads_per_worker=self._threads,
-                    memory_limit=self._memory_limit,
-                    host="127.0.0.1",
-                    dashboard_address="127.0.0.1:0",
-                    local_directory=scratch.name,
-                    resources=self._resources,
-                ) as cluster,
-            ):
-                yield cluster
+            with scratch, dask_config.set(config), contextlib.ExitStack() as stack:
+                with _sigint_blocked():
+                    cluster = LocalCluster(
+                        n_workers=self._n_workers or CPU_COUNT,
+                        threads_per_worker=self._threads,
+                        memory_limit=self._memory_limit,
+                        host="127.0.0.1",
+                        dashboard_address="127.0.0.1:0",
+                        local_directory=scratch.name,
+                        resources=self._resources,
+                    )
+                yield stack.enter_context(cluster)
         finally:
             for key, value in before.items():
                 if value is None:
@@ -246,55 +247,6 @@ class DaskExecutor(BaseExecutor):
     def _refuse_missing_gpus(self, stages: Sequence[ProcessingStage], offered: float) -> None:
         remedy = 'use device: cpu, the inline executor, or workers with resources {"GPU": 1} (worker_resources)'
         _refuse_missing_gpus(stages, offered, remedy)
-
-
-class RayExecutor(BaseExecutor):
-    """Curator's own Ray back ends with settings that work on a small machine, on loopback.
-
-    Where RAY_ADDRESS is set, that cluster is used as it is.
-
-    Args:
-        backend: "ray_data" or "xenna"; xenna runs in batch mode unless ``config`` says otherwise.
-        num_cpus: what Ray counts as cores; by default the machine's, or more where the stages ask for more together
-            (each holds its own while it waits, so with fewer they would wait for one another for ever).
-        config: handed to Curator's executor.
-    """
-
-    def __init__(self, backend: str, num_cpus: int | None = None, config: Mapping[str, Any] | None = None) -> None:
-        mode = {"execution_mode": "batch"} if backend == "xenna" else {}
-        super().__init__({**mode, **(config or {})})
-        self.backend, self.num_cpus = backend, num_cpus
-        self.on_progress: Progress | None = None  # Curator's executors report nothing
-
-    def execute(  # pyright: ignore[reportIncompatibleMethodOverride]  Curator annotates None and returns tasks
-        self, stages: list[ProcessingStage], initial_tasks: list[Task] | None = None
-    ) -> list[Task]:
-        """Takes the tasks through all stages; results come in the back end's order; errors are the back end's."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        if self.backend == "xenna":
-            from nemo_curator.backends.xenna import XennaExecutor as Backend
-        else:
-            from nemo_curator.backends.ray_data import RayDataExecutor as Backend
-        if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-            with _ray_on_loopback():
-                ray.init(
-                    num_cpus=self.num_cpus or _logical_cores(stages),
-                    include_dashboard=self.backend == "xenna",  # Xenna asks it for the state of its actors
-                    dashboard_host="127.0.0.1",
-                    _node_ip_address="127.0.0.1",
-                    log_to_driver=False,
-                )
-        try:
-            return list(Backend(self.config).execute(stages, initial_tasks) or [])
-        finally:
-            ray.shutdown()
-
-
-def _logical_cores(stages: Sequence[ProcessingStage]) -> int:
-    wanted = 1 + math.ceil(sum(stage.resources.cpus for stage in stages))
-    return max(wanted, len(os.sched_getaffinity(0)))
 
 
 def refuse_ray_only(stages: Sequence[ProcessingStage], where: str) -> None:
@@ -360,16 +312,13 @@ def _refuse_missing_gpus(stages: Sequence[ProcessingStage], offered: float, reme
 
 
 @contextlib.contextmanager
-def _ray_on_loopback() -> Iterator[None]:
-    """Lets Ray listen on 127.0.0.1: on Linux it puts the machine's own address in its place, and has no option."""
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+def _sigint_blocked() -> Iterator[None]:
+    """Processes and threads started here never see SIGINT: Ctrl-C in a terminal is for the driver alone to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -309,6 +309,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only; give another --out",
         errno.EACCES: "no permission to write; give another --out",
         errno.EPERM: "no permission to write; give another --out",
+        errno.ENOENT: "no such place, and it cannot be made; give another --out",
         errno.ENOTDIR: "a part of this path is a file; give another --out",
         errno.EEXIST: "this is a file; give a folder as --out",
         errno.EFBIG: "the file would exceed the size limit; raise it or give another --out",
