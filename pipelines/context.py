@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
 from quadmix_plugin.corpus import CorpusFile, list_files
-from quadmix_plugin.errors import QuadmixError, RecipeError
+from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.schema import DOC_ID, DOMAIN, OTHER_DOMAIN, TOKENS, ScoreTable, score_column
@@ -86,9 +86,16 @@ class Run:
         files = [(file.name, file.bytes, file.version) for file in self.corpus_files]
         keys, previous = {}, content_key(corpus, files)
         for name in STEPS:
-            sections = {section: _fingerprint(content[section]) for section in _SECTIONS[name]}
+            sections = {section: self._section_fingerprint(section, content[section]) for section in _SECTIONS[name]}
             previous = keys[name] = content_key(name, sections, previous)
         return keys
+
+    def _section_fingerprint(self, name: str, content: Any) -> Any:
+        if name == "scorers":  # their order is that of the columns of α, and JSON would sort it away
+            return [[scorer, _fingerprint(options)] for scorer, options in content.items()]
+        if name == "validation":
+            return {**content, "path": _validation_fingerprint(content["path"])}
+        return _fingerprint(content)
 
     def step(self, name: str) -> Step:
         """A step with the key that this recipe gives it."""
@@ -162,7 +169,7 @@ def open_run(
         run = Run(recipe, directory, make_executor or (lambda: executor_of(recipe)))
         if progress is not None:
             run.progress = progress
-        _refuse_other_recipe(run)
+        refuse_other_recipe(run)
         with atomic_path(directory.root / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         try:
@@ -207,14 +214,27 @@ def _fingerprint(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("/") or not Path(value).exists():
         return value
     path = Path(value)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if path.is_file():
+        return {"sha256": sha256_file(path)}
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path.parent)}\0{sha256_file(file)}\n".encode())
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):  # downloads leave caches there
+            digest.update(f"{name.as_posix()}\0{sha256_file(file)}\n".encode())
     return {"sha256": digest.hexdigest()}
 
 
-def _refuse_other_recipe(run: Run) -> None:
+def _validation_fingerprint(paths: str | list[str]) -> Any:
+    """Names and content of the files behind the path; a name may be that of a task. The path itself while it is bad."""
+    try:
+        files = list_files(paths, "validation.path")
+    except InputError:
+        return paths
+    return [(file.name, file.version if "://" in file.path else sha256_file(Path(file.path))) for file in files]
+
+
+def refuse_other_recipe(run: Run) -> None:
+    """Refuses a run directory whose steps were made from other settings; see ``open_run``."""
     stale = [name for name in STEPS if _has_other_key(run, name)]
     if not stale:
         return
@@ -225,6 +245,8 @@ def _refuse_other_recipe(run: Run) -> None:
         for line in differing_keys(old or {}, run.recipe.model_dump(mode="json"))
         if not line.startswith("executor.")
     ]
+    if sorted(before := (old or {}).get("scorers", {})) == sorted(run.scorers) and tuple(before) != run.scorers:
+        lines.append(f"scorers: now in the order {', '.join(run.scorers)}")
     what = "; ".join(lines) or "the files that the recipe names have changed since"
     made = [name for name in STEPS[STEPS.index(stale[0]) :] if run.directory.recorded_keys(name)]
     folders = " ".join(str(run.directory.root / "manifest" / name) for name in made)

@@ -17,9 +17,13 @@ from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
-from quadmix_plugin.store import Step, merge_counts
+from quadmix_plugin.store import merge_counts
 
 logger = logging.getLogger(__name__)
+
+# Curator's default engine takes ids that look like times for times, and stops at a key, even one that nobody reads,
+# whose values are of several types.
+_JSON_LINES = {"engine": "pandas", "dtype": False, "convert_dates": False, "precise_float": True}
 
 
 def label(run: Run) -> None:
@@ -34,9 +38,12 @@ def label(run: Run) -> None:
     started = time.monotonic()
     recipe = run.recipe
     stages = label_stages(run)
-    found = inspect(run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows)
+    found = inspect(
+        run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows, columns_read(stages)
+    )
     columns = [DOC_ID, DOMAIN, TOKENS, *map(score_column, run.scorers)]
-    run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], "labels", step)
+    done = frozenset(entry.path.removeprefix("labels/").removesuffix(".parquet") for entry in step.entries())
+    run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], done)
     totals = merge_counts(entry.facts for entry in step.entries())
     if totals["rows_in"] != found.documents:
         raise QuadmixError(
@@ -78,21 +85,13 @@ def label_stages(run: Run) -> list[ProcessingStage]:
     return stages
 
 
-def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, step: Step) -> list[Task]:
-    """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not yet written."""
-    suffixes = (".parquet", ".bin")
-    done = frozenset(
-        entry.path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        for entry in step.entries()
-        if entry.path.startswith(f"{folder}/") and entry.path.endswith(suffixes)
-    )
+def run_over_documents(run: Run, stages: list[ProcessingStage], done: frozenset[str]) -> list[Task]:
+    """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not in ``done``."""
     corpus = run.recipe.corpus
-    made = {TEXT, DOC_ID, *(column for stage in stages for column in stage.outputs()[1])}
-    keep = sorted({column for stage in stages for column in _columns_read(stage)} - made)
     prepare = PrepareDocuments(
         id_field=corpus.id,
         text_field=corpus.text,
-        keep=keep,
+        keep=columns_read(stages),
         documents_per_shard=corpus.documents_per_shard,
         invalid_rows=corpus.invalid_rows,
         done=done,
@@ -110,12 +109,23 @@ def run_over_documents(run: Run, stages: list[ProcessingStage], folder: str, ste
             )
             for file in files
         ]
-        reader = ParquetReaderStage if parquet else JsonlReaderStage
-        pipeline = Pipeline(name=step.name, stages=[reader(fields=prepare.inputs()[1]), prepare, *stages])
+        fields = prepare.inputs()[1]
+        reader = (
+            ParquetReaderStage(fields=fields) if parquet else JsonlReaderStage(fields=fields, read_kwargs=_JSON_LINES)
+        )
+        pipeline = Pipeline(name=stages[-1].name, stages=[reader, prepare, *stages])
         results += pipeline.run(run.executor, initial_tasks=tasks) or []
     return results
 
 
-def _columns_read(stage: ProcessingStage) -> list[str]:
-    specification = stage.inputs()
-    return specification[1] if isinstance(specification, tuple) else []
+def columns_read(stages: list[ProcessingStage]) -> list[str]:
+    """Columns of the corpus that these stages read beside the id and the text, sorted.
+
+    A column counts that is read before a stage makes it: ``domain`` may be in the corpus already.
+    """
+    made, wanted = {TEXT, DOC_ID}, set()
+    for stage in stages:
+        read, written = stage.inputs(), stage.outputs()
+        wanted |= set(read[1] if isinstance(read, tuple) else []) - made
+        made |= set(written[1] if isinstance(written, tuple) else [])
+    return sorted(wanted)

@@ -1,6 +1,5 @@
-"""``quadmix plan``: what a recipe would do and what of it is already there; reads no text and starts nothing."""
+"""``quadmix plan``: what a recipe would do, what of it is already there, and whether a run would refuse it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,12 @@ import pyarrow.parquet as pq
 
 from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe
-from quadmix_plugin.models import model_folder
-from quadmix_plugin.pipelines.context import STEPS, Run, executor_of
+from quadmix_plugin.corpus import inspect
+from quadmix_plugin.models import load_tokenizer
+from quadmix_plugin.pipelines.context import STEPS, Run, executor_of, refuse_other_recipe
+from quadmix_plugin.pipelines.label import columns_read, label_stages
+from quadmix_plugin.pipelines.preflight import check_before_work
+from quadmix_plugin.stages.export_tokens import vocabulary_of
 from quadmix_plugin.store import RunDirectory
 
 _FLOPS = 990e12 * 0.4
@@ -26,10 +29,12 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Quantities, and one row per step: its state and its work.
 
     Raises:
-        InputError: the corpus or validation files are not there.
+        InputError: a corpus or validation rows that a run would refuse.
+        RecipeError: settings that a run would refuse, those of another recipe in ``out`` among them.
     """
     run = Run(recipe, RunDirectory(out), lambda: executor_of(recipe))
-    _ = run.validation_files
+    refuse_other_recipe(run)
+    check_before_work(run, STEPS)
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
@@ -40,10 +45,8 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         "proxies": proxies * recipe.proxy.tokens * flops["proxy"] / _FLOPS / 3600,
         "pretrain": runs * recipe.pretrain.tokens * flops["pretrain"] / _FLOPS / 3600,
     }
-    about = "" if labelled else "about "
-    count = f"{documents:,}" if documents is not None else "an unknown number of"
     work = {
-        "label": f"{count} documents in {len(run.corpus_files)} files, {len(recipe.scorers)} scorers",
+        "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
         "normalise": f"σ of {len(recipe.scorers)} scorers",
         "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
         "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
@@ -57,8 +60,8 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         "out": str(out),
         "quantities": {
             "documents": documents,
-            "tokens": f"{about}{tokens:,}",
-            "proxies": proxies,
+            "tokens": f"{tokens:,}" if labelled else f"about {round(tokens, 2 - len(str(tokens))):,}",
+            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {recipe.proxy.repeats - 1} repeats of one)",
             "training": f"{sum(hours.values()):.2g} GPU-hours (H200 at 40 % of its bf16 peak), or "
             f"{sum(hours.values()) * _FLOPS / _CORE_FLOPS:.2g} core-hours without a GPU",
             "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
@@ -77,15 +80,11 @@ def _state(run: Run, name: str) -> str:
     return f"begun, {made} artifacts" if made else "to do"
 
 
-def _documents(run: Run) -> int | None:
-    """Rows from the footers; None when there are files without a footer."""
-    rows = 0
-    for file in run.corpus_files:
-        if not file.is_parquet:
-            return None
-        with fsspec.open(file.path, "rb") as stream:
-            rows += pq.ParquetFile(stream).metadata.num_rows
-    return rows
+def _documents(run: Run) -> int:
+    """The rows of the corpus, which is checked as a run would check it."""
+    corpus = run.recipe.corpus
+    columns = columns_read(label_stages(run))
+    return inspect(run.corpus_files, corpus.text, corpus.id, corpus.invalid_rows, columns).documents
 
 
 def _estimated_tokens(run: Run) -> int:
@@ -114,13 +113,11 @@ def _flops_per_token(recipe: Recipe, section: str) -> float:
 
 
 def _vocabulary(recipe: Recipe) -> int:
-    folder = model_folder(recipe.tokenizer.model, recipe.tokenizer.revision)
-    content = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
-    return len(content["model"]["vocab"]) + len(content.get("added_tokens", []))
+    return vocabulary_of(load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision))
 
 
-def _disk(recipe: Recipe, documents: int | None, tokens: int) -> float:
+def _disk(recipe: Recipe, documents: int, tokens: int) -> float:
     """Labels, the pool, the selections (at most the window of each domain) and their token files."""
-    labels = (documents or tokens / 1000) * (24 + 4 * len(recipe.scorers))
+    labels = documents * (24 + 4 * len(recipe.scorers))
     selected = min(1.0, recipe.space.omega_max) * tokens * 4.0 * (len(recipe.select.compare) + 1)
     return labels * 2 + tokens * 4.0 + selected

@@ -6,9 +6,11 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.pipelines.proxies import trainer_options
 from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
 from quadmix_plugin.stages.export_tokens import end_of_document
 from quadmix_plugin.stages.merge_rank import load_theta
+from quadmix_plugin.stages.train_proxies import trainer_resources
 
 _RESERVED = "objective"
 """The report's name for the weighted mean of the tasks."""
@@ -40,13 +42,26 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
                 f"select.theta: {recipe.select.theta} was made for the scorers {', '.join(theta.scorers)}; scorers has "
                 f"{', '.join(run.scorers)}"
             )
+    for options in recipe.select.compare.values() if "select" in todo else ():
+        if isinstance(path := options.get("theta"), str):
+            load_theta(path)
     if {"proxies", "search", "pretrain"} & set(todo):
         rows = _validation_rows(run)
-        for section in (recipe.proxy, recipe.pretrain):
-            context = registry.create("trainers", section.trainer, section.options).context
+        for name in ("proxy", "pretrain"):
+            context = _context(run, name)
             table = tokenise_rows(rows, tokenizer, eod, context, recipe.validation.mask_prompt)
             for part in ("search", "report"):
                 validation_sets(table, part)
+
+
+def _context(run: Run, name: str) -> int:
+    """The context of a section's model, whose shape and device are checked by that."""
+    section = getattr(run.recipe, name)
+    try:
+        trainer_resources(section.trainer, trainer_options(run, section.options))
+        return registry.create("trainers", section.trainer, section.options).context
+    except InputError as error:
+        raise RecipeError(f"{name}.options: {error}") from error
 
 
 def _check_number_of_proxies(run: Run) -> None:

@@ -23,7 +23,7 @@ _PACKAGES = (
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run; holds no environment variables and no user names."""
+    """What a reader needs to judge or repeat the run; holds no environment variables."""
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "step_keys": run.keys,

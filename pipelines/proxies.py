@@ -16,7 +16,7 @@ from quadmix_plugin.pipelines.search import LOSS_PREFIX
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
 from quadmix_plugin.search.evaluation import noise
 from quadmix_plugin.stages import ExportTokens, TrainProxies
-from quadmix_plugin.stages.export_tokens import end_of_document, vocabulary_of
+from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
 from quadmix_plugin.stages.train_proxies import ProxyTable, merge_parts, part_path, proxy_tasks
 from quadmix_plugin.store import Step
 
@@ -92,9 +92,9 @@ def write_pool(run: Run, step: Step) -> None:
     export = ExportTokens(
         step=step, tokenizer=tokenizer.model, revision=tokenizer.revision, eod=tokenizer.eod, folder=POOL
     )
-    missing = [s for s in run.label_shards if step.entry(f"{POOL}/{s}.idx") is None]
-    if missing:
-        run_over_documents(run, [export], POOL, step)
+    done = frozenset(shard for shard in run.label_shards if pair_entry(step, f"{POOL}/{shard}") is not None)
+    if len(done) < len(run.label_shards):
+        run_over_documents(run, [export], done)
 
 
 def pool_prefixes(run: Run) -> list[str]:
@@ -142,15 +142,16 @@ def _finish(run: Run, step: Step, thetas: pa.Table, started: float) -> None:
     for name in losses.column_names:
         if name.startswith(LOSS_PREFIX):
             task, values = name.removeprefix(LOSS_PREFIX), losses[name].to_numpy()
-            report[task] = noise(values[(kinds == _REPEAT) | first], values[kinds == _DRAW], task).to_dict()
+            same, across = values[(kinds == _REPEAT) | first], values[kinds == _DRAW]
+            if min(same.size, across.size) > 1:  # all repeats fail where their one θ selects too little to train on
+                report[task] = noise(same, across, task).to_dict()
     step.write_json("proxies/noise.json", report)
-    clearest = max(report, key=lambda task: report[task]["signal_to_noise"] or 0.0)
     failed = f", {len(failures)} failed" if failures else ""
+    ratios = {task: each["signal_to_noise"] or 0.0 for task, each in report.items()}
+    clearest = max(ratios, key=ratios.__getitem__) if ratios else None
+    signal = f"clearest signal to noise {ratios[clearest]:.1f} ({clearest})" if clearest else "noise unknown"
     step.finish(
         seconds=round(time.monotonic() - started, 2),
         failures=failures,
-        headline=(
-            f"{losses.num_rows} proxies × {run.recipe.proxy.tokens:,} tokens{failed}; clearest signal to noise "
-            f"{report[clearest]['signal_to_noise'] or 0:.1f} ({clearest})"
-        ),
+        headline=f"{losses.num_rows} proxies × {run.recipe.proxy.tokens:,} tokens{failed}; {signal}",
     )

@@ -35,7 +35,7 @@ def search(run: Run) -> None:
         return
     started = time.monotonic()
     settings = run.recipe.search
-    thetas, losses = proxy_losses(run)
+    numbers, thetas, losses = proxy_losses(run)
     if unknown := sorted(set(settings.objective) - set(losses)):
         raise InputError(f"search.objective: no losses for {', '.join(unknown)}; tasks are {', '.join(sorted(losses))}")
     x, _ = features(thetas, run.table, run.normalised, settings.features)
@@ -56,8 +56,8 @@ def search(run: Run) -> None:
         progress=lambda done: run.progress("search", done, settings.draws),
     )
     step.write_json("search/theta.json", proposal.theta.to_dict())
-    step.write_table("search/predictions.parquet", _predictions(judged))
-    step.write_json("search/metrics.json", _metrics(judged, proposal))
+    step.write_table("search/predictions.parquet", _predictions(judged, numbers))
+    step.write_json("search/metrics.json", _metrics(judged, proposal, numbers))
     text = "\n".join(f"# {task}\n{regressor.to_text()}" for task, regressor in proposal.regressors.items())
     step.write_text("search/regressor.txt", text)
     objective = _objective_metrics(judged, proposal)
@@ -69,18 +69,18 @@ def search(run: Run) -> None:
     )
 
 
-def proxy_losses(run: Run) -> tuple[list[Parameters], dict[str, NDArray[np.float64]]]:
-    """θ and losses (task → [T]) of the drawn proxies, in their order; repeats left out."""
+def proxy_losses(run: Run) -> tuple[list[int], list[Parameters], dict[str, NDArray[np.float64]]]:
+    """Number, θ and losses (task → [T]) of the drawn proxies, in their order; repeats and failed ones left out."""
     step = run.require("proxies")
     drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "=", "draw")]).sort_by("proxy")
     table = step.read_table("proxies/losses.parquet")
     table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == "draw")).sort_by("proxy")
-    if drawn["proxy"].to_pylist() != table["proxy"].to_pylist():
-        raise InputError("proxies/losses.parquet: not the proxies of thetas.parquet; run `quadmix proxies` again")
+    numbers = table["proxy"].to_pylist()
+    drawn = drawn.filter(pa.array(np.isin(drawn["proxy"].to_numpy(), numbers)))
     domains, scorers = run.table.domains, run.table.scorers
     thetas = [Parameters.from_vector(v, len(scorers), domains, scorers) for v in drawn["theta"].to_pylist()]
     names = [name for name in table.column_names if name.startswith(LOSS_PREFIX)]
-    return thetas, {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names}
+    return numbers, thetas, {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names}
 
 
 def _maker(run: Run) -> Callable[[], Regressor]:
@@ -88,11 +88,11 @@ def _maker(run: Run) -> Callable[[], Regressor]:
     return lambda: registry.create("regressors", settings.regressor, settings.options, "search.options")
 
 
-def _predictions(judged: dict[str, CrossValidation]) -> pa.Table:
+def _predictions(judged: dict[str, CrossValidation], numbers: list[int]) -> pa.Table:
     parts = [
         pa.table(
             {
-                "proxy": pa.array(range(each.real.size), pa.int32()),
+                "proxy": pa.array(numbers, pa.int32()),
                 "task": pa.array([task] * each.real.size),
                 "real": each.real,
                 "predicted": each.mean_predicted,
@@ -115,12 +115,15 @@ def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -
     return Metrics(**{name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]})
 
 
-def _metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> dict[str, Any]:
+def _metrics(judged: dict[str, CrossValidation], proposal: Proposal, numbers: list[int]) -> dict[str, Any]:
     tasks = {
         task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict()} for task, each in judged.items()
     }
     objective = {**_objective_metrics(judged, proposal).to_dict(), "mae_loss": _mean_loss_error(judged, proposal)}
-    return {"targets": tasks, "objective": objective, "optimum": proposal.to_dict()}
+    optimum = proposal.to_dict()
+    for best in ("best_proxy", "best_proxy_predicted"):  # a row of the fit; proxies that failed are not in it
+        optimum[best]["number"] = numbers[optimum[best]["number"]]
+    return {"targets": tasks, "objective": objective, "optimum": optimum}
 
 
 def _mean_loss_error(judged: dict[str, CrossValidation], proposal: Proposal) -> float:

@@ -157,7 +157,13 @@ def _baselines(run: Run, budget_tokens: int) -> dict[str, NDArray[np.int32]]:
     for name, given in run.recipe.select.compare.items():
         plugin, options = scorer_plugin(name, given)
         selector = registry.create("selectors", plugin, options, f"select.compare.{name}")
-        chosen[name] = selector.select(run.table, run.normalised, budget_tokens, run.seed_for(f"select.{name}"))
+        copies = np.asarray(selector.select(run.table, run.normalised, budget_tokens, run.seed_for(f"select.{name}")))
+        if copies.shape != (run.table.n,) or copies.dtype.kind not in "iu" or copies.min() < 0:
+            raise InputError(
+                f"select.compare.{name}: {plugin} returns {copies.dtype} {copies.shape} for {run.table.n} documents; a "
+                f"selector gives each a whole number of copies, so mend the plug-in"
+            )
+        chosen[name] = copies.astype(np.int32)
     return chosen
 
 

@@ -17,7 +17,8 @@ from quadmix_plugin.parameters import ParameterSpace
 
 _MAX_BYTES = 1 << 20
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Options = dict[str, Any]
 
 
@@ -163,9 +164,16 @@ class Pretrain(Section):
     """The models trained on each selection, for the comparison."""
 
     tokens: int = Field(default=500_000_000_000, ge=1)
-    seeds: list[int] = Field(default_factory=lambda: [1, 2], min_length=2)
+    seeds: list[Seed] = Field(default_factory=lambda: [1, 2], min_length=2)
     trainer: str = "torch"
     options: Options = Field(default_factory=dict)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed is given twice; each names a model of its own")
+        return value
 
 
 class Executor(Section):
@@ -176,7 +184,8 @@ class Executor(Section):
     """Worker processes; None: one per core."""
     address: str | None = None
     """An existing Dask scheduler."""
-    memory_limit: str = "auto"
+    memory_limit: str = Field(default="auto", pattern=r"^(auto|[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B?)$")
+    """Of each Dask worker: ``auto`` shares the machine's memory; or a size such as 4GiB."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -184,7 +193,7 @@ class Recipe(Section):
     """A whole run. See ``quadmix init`` for a commented one."""
 
     name: Name
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     corpus: Corpus
     tokenizer: Tokenizer
     domain: DomainSection

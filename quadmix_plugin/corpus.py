@@ -8,7 +8,7 @@ stop a run hours later: an unreadable file, a missing column, a row without text
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,8 +80,25 @@ def list_files(paths: str | list[str], place: str = "corpus.path") -> list[Corpu
     return files
 
 
-def inspect(files: list[CorpusFile], text: str, id_field: str | None, invalid_rows: str = "error") -> Inspection:
-    """Checks every file; see the module.
+@dataclass(frozen=True)
+class _Wanted:
+    """The columns that must be there and what the recipe calls them."""
+
+    text: str
+    id: str | None
+    keep: Sequence[str]
+    invalid_rows: str
+
+    def keys(self) -> dict[str, str]:
+        """Column → where the recipe names it."""
+        named = {self.text: "corpus.text"} | ({} if self.id is None else {self.id: "corpus.id"})
+        return named | dict.fromkeys(self.keep, "the scorer or classifier that reads it")
+
+
+def inspect(
+    files: list[CorpusFile], text: str, id_field: str | None, invalid_rows: str = "error", keep: Sequence[str] = ()
+) -> Inspection:
+    """Checks every file; see the module. ``keep``: further columns that scorers or classifiers read.
 
     Raises:
         InputError: an unreadable file, a line that is not a JSON object, a missing column, a text that is not a
@@ -89,9 +106,10 @@ def inspect(files: list[CorpusFile], text: str, id_field: str | None, invalid_ro
     """
     rows: dict[str, int] = {}
     ids: list[pa.Array] = []
+    wanted = _Wanted(text, id_field, keep, invalid_rows)
     for file in files:
         check = _inspect_parquet if file.is_parquet else _inspect_json_lines
-        rows[file.path], found = check(file, text, id_field, invalid_rows)
+        rows[file.path], found = check(file, wanted)
         ids += found
     if not sum(rows.values()):
         raise InputError(f"{files[0].path}: no documents in {len(files)} files; give a corpus with rows")
@@ -162,19 +180,18 @@ def _require_distinct_names(files: list[CorpusFile]) -> None:
         seen[file.name] = file.path
 
 
-def _inspect_parquet(
-    file: CorpusFile, text: str, id_field: str | None, invalid_rows: str
-) -> tuple[int, list[pa.Array]]:
+def _inspect_parquet(file: CorpusFile, wanted: _Wanted) -> tuple[int, list[pa.Array]]:
+    text = wanted.text
     try:
         with fsspec.open(file.path, "rb") as stream:
             parquet = pq.ParquetFile(stream)
-            _require_columns(file, parquet.schema_arrow.names, text, id_field)
+            _require_columns(file.path, parquet.schema_arrow.names, wanted)
             kind = parquet.schema_arrow.field(text).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise InputError(f"{file.path}: column {text!r} is {kind}; the text must be a string column")
-            if invalid_rows == "error":
+            if wanted.invalid_rows == "error":
                 _require_texts(file, parquet, text)
-            ids = [] if id_field is None else _ids(file, parquet, id_field)
+            ids = [] if wanted.id is None else _ids(file, parquet, wanted.id)
             return parquet.metadata.num_rows, ids
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path}: cannot be read as Parquet ({error}); write it again or remove it") from error
@@ -182,7 +199,7 @@ def _inspect_parquet(
 
 def _require_texts(file: CorpusFile, parquet: pq.ParquetFile, text: str) -> None:
     """Null texts, from the footer where it has statistics, else from the column."""
-    column = parquet.schema_arrow.names.index(text)
+    column = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == text)  # structs have many
     for group in range(parquet.num_row_groups):
         statistics = parquet.metadata.row_group(group).column(column).statistics
         nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
@@ -208,18 +225,18 @@ def _ids(file: CorpusFile, parquet: pq.ParquetFile, id_field: str) -> list[pa.Ar
     return [chunk.cast(pa.large_string()) for chunk in column.chunks]
 
 
-def _inspect_json_lines(
-    file: CorpusFile, text: str, id_field: str | None, invalid_rows: str
-) -> tuple[int, list[pa.Array]]:
+def _inspect_json_lines(file: CorpusFile, wanted: _Wanted) -> tuple[int, list[pa.Array]]:
+    text, id_field = wanted.text, wanted.id
+    columns = set(wanted.keys())
     ids: list[Any] = []
     rows = 0
     for line_number, content in read_json_lines(file):
         rows += 1
         where = f"{file.path}: line {line_number}"
-        if text not in content or (id_field is not None and id_field not in content):
-            _require_columns(file, list(content), text, id_field, where)
+        if not columns <= content.keys():
+            _require_columns(where, list(content), wanted)
         value = content[text]
-        if value is None and invalid_rows == "error":
+        if value is None and wanted.invalid_rows == "error":
             raise InputError(f"{where} has no text; remove it or set corpus.invalid_rows: drop")
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where}: {text!r} is {value!r}; the text must be a string")
@@ -227,18 +244,16 @@ def _inspect_json_lines(
             ids.append(content[id_field])
             if type(ids[-1]) not in (int, str) or type(ids[-1]) is not type(ids[0]):
                 raise InputError(f"{where}: {id_field!r} is {ids[-1]!r}; ids must be all integers or all strings")
+            if isinstance(ids[-1], int) and not -(1 << 63) <= ids[-1] < 1 << 63:
+                raise InputError(f"{where}: {id_field!r} is {ids[-1]}; give ids of at most 64 bits, or strings")
     kind = pa.int64() if ids and isinstance(ids[0], int) else pa.large_string()
     return rows, [pa.array(ids, kind)] if ids else []
 
 
-def _require_columns(
-    file: CorpusFile, columns: list[str], text: str, id_field: str | None, where: str | None = None
-) -> None:
-    for key, name in (("text", text), ("id", id_field)):
-        if name is not None and name not in columns:
+def _require_columns(where: str, columns: list[str], wanted: _Wanted) -> None:
+    for name, key in wanted.keys().items():
+        if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(
-                f"{where or file.path}: no column {name!r}; {hint}found {', '.join(columns)}; set corpus.{key} in the "
-                f"recipe"
-            )
+            found = ", ".join(columns)
+            raise InputError(f"{where}: no column {name!r}; {hint}found {found}; set {key} in the recipe")

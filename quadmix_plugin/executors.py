@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
 from nemo_curator.backends.base import BaseExecutor, BaseStageAdapter, NodeInfo, WorkerMetadata
@@ -314,6 +315,7 @@ def _refuse_missing_gpus(stages: Sequence[ProcessingStage], offered: float, reme
 @contextlib.contextmanager
 def _sigint_blocked() -> Iterator[None]:
     """Processes and threads started here never see SIGINT: Ctrl-C in a terminal is for the driver alone to handle."""
+    resource_tracker.ensure_running()  # started later, it would unblock the signal in the thread that starts workers
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

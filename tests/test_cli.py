@@ -1,14 +1,18 @@
 """The command line: exit codes, one clear line for every fault, JSON that is JSON and nothing else."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from small_run import MODELS, QUICKSTART, write_small_recipe
 
 from quadmix_plugin.cli import main
@@ -88,6 +92,8 @@ def test_bad_validation_rows_are_found_before_labelling(tmp_path: Path, monkeypa
         ("search.objective={hellaswga: 1.0}", "hellaswga"),
         ("tokenizer.eod=</s>", "no token '</s>'"),
         ("domain.model=/nowhere", "no such folder"),
+        ("proxy.options={shape: huge}", "proxy.options: shape"),
+        ("pretrain.options={device: tpu}", "pretrain.options: device 'tpu': unknown"),
     ],
 )
 def test_recipe_fault_exits_78(override: str, expected: str, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -156,6 +162,61 @@ def test_plan_counts_without_starting_anything(tmp_path: Path, monkeypatch, caps
     assert "about" in _quadmix(monkeypatch, capsys, "plan", str(recipe))[1]
 
 
+@pytest.mark.parametrize(
+    ("override", "code", "expected"),
+    [
+        ("corpus.text=txt", 1, "no column 'txt'; did you mean 'text'?"),
+        ("validation.prompt=promt", 1, "promt"),
+        ("search.objective={nothing: 1.0}", 78, "no validation rows of nothing"),
+        ("scorers.mine={scorer: column, column: quality}", 1, "no column 'quality'"),
+        ("proxy.number=9", 78, "proxy.number: 9 proxies leave 7 to fit on"),
+    ],
+)
+def test_plan_refuses_what_a_run_would_refuse(
+    override: str, code: int, expected: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    recipe = write_small_recipe(tmp_path)
+    for command in ("plan", "run"):
+        out = str(tmp_path / "out")
+        ended, _, err = _quadmix(monkeypatch, capsys, command, str(recipe), "--out", out, "--set", override)
+        assert (command, ended) == (command, code)
+        assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signal_ends_a_run_on_dask_with_its_code_and_leaves_nothing(
+    number: signal.Signals, code: int, word: str, tmp_path: Path
+) -> None:
+    """As Ctrl-C in a terminal does, the signal goes to the whole process group, workers included."""
+    recipe = write_small_recipe(tmp_path, executor={"name": "dask", "workers": 2}, corpus={"documents_per_shard": 50})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "quadmix_plugin.cli", "run", str(recipe), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("manifest/label/*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"error: {word}; run the same command again to go on" in err
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 10  # multiprocessing's resource tracker ends after its parent
+    while left := subprocess.run(
+        ["pgrep", "-ag", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout:
+        assert time.monotonic() < deadline, left
+    assert _verified(out)
+
+
+def _verified(out: Path) -> bool:
+    from quadmix_plugin.store import RunDirectory
+
+    return RunDirectory(out).verify()[1] == []
+
+
 def test_plugins_lists_what_loads(monkeypatch, capsys) -> None:
     code, out, _ = _quadmix(monkeypatch, capsys, "plugins", "--json")
     rows = {(row["group"], row["name"]): row["status"] for row in json.loads(out)["plugins"]}
@@ -174,6 +235,26 @@ def test_init_finds_the_columns_and_its_recipe_loads(tmp_path: Path, monkeypatch
     assert code == 0
     assert json.loads(out)["quantities"]["documents"] == 11058
     assert _quadmix(monkeypatch, capsys, *args)[0] == 2  # there already
+
+
+def test_init_quotes_paths_and_names_that_yaml_would_read_otherwise(tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "my data: v2 #1"
+    folder.mkdir()
+    pq.write_table(pa.table({"id": [1], "text": ["x"]}), folder / "c.parquet")
+    args = ["--corpus", str(folder), "--models", str(folder / "models")]
+    assert _quadmix(monkeypatch, capsys, "init", str(tmp_path / "2024"), *args)[0] == 0
+    content = yaml.safe_load((tmp_path / "2024" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert content["name"] == "2024"
+    assert content["corpus"]["path"] == str(folder)
+    assert content["domain"]["model"] == str(folder / "models" / "domain")
+
+
+def test_init_names_a_corpus_that_cannot_be_read(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    args = ["init", str(tmp_path / "new"), "--corpus", str(tmp_path / "c.parquet")]
+    code, _, err = _quadmix(monkeypatch, capsys, *args)
+    assert code == 1
+    assert "c.parquet: cannot be read as Parquet" in err
 
 
 def test_error_under_json_is_json(tmp_path: Path, monkeypatch, capsys) -> None:

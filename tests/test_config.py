@@ -1,9 +1,11 @@
 """Recipes: every fault is one line with place, value and remedy, found before any work."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, load_recipe
 from quadmix_plugin.errors import RecipeError
@@ -62,6 +64,12 @@ def test_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"name": "../x"}, "name: string should match pattern"),
         ({"executor__name": "spark"}, "executor.name: input should be 'inline', 'dask', 'ray_data' or 'xenna'"),
         ({"select__compare": {"x": {"selector": "top_k", "scorer_name": "edu"}}}, "scorer_name: 'edu' is not among"),
+        ({"name": ".."}, "name: string should match pattern"),
+        ({"select__compare": {".x": {"selector": "random"}}}, "select.compare"),
+        ({"pretrain__seeds": [1, 1]}, "pretrain.seeds: a seed is given twice"),
+        ({"pretrain__seeds": [-1, 1]}, "pretrain.seeds.0: input should be greater than or equal to 0; found -1"),
+        ({"seed": 1 << 64}, "seed: input should be less than"),
+        ({"executor__memory_limit": "lots"}, "executor.memory_limit: string should match pattern"),
         ({"proxy__options": {"shap": "proxy-tiny"}}, "proxy.options.shap: unknown key; did you mean 'shape'?"),
     ],
 )
@@ -141,3 +149,27 @@ def test_differing_keys_are_dotted_with_both_values() -> None:
 def test_every_field_of_every_section_has_a_default_that_validates() -> None:
     required = {"name", "corpus", "tokenizer", "domain", "scorers", "validation"}
     assert {name for name, field in Recipe.model_fields.items() if field.is_required()} == required
+
+
+def test_every_key_is_documented() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for section, field in Recipe.model_fields.items():
+        kind = field.annotation
+        nested = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        missing = [key for key in [section, *(f"{section}.{name}" for name in nested)] if f"`{key}`" not in page]
+        assert missing == []
+
+
+def test_documented_defaults_are_the_defaults() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert len(rows) > 30
+    for section, key, written in rows:
+        kind = Recipe.model_fields[section].annotation
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
+        field = kind.model_fields[key]
+        if field.is_required():
+            assert written == "–"
+        elif key != "eod":
+            assert yaml.safe_load(written) == field.get_default(call_default_factory=True), f"{section}.{key}"

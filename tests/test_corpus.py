@@ -137,3 +137,16 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="have the same name"):
         list_files([str(tmp_path / "x" / "a.parquet"), str(tmp_path / "y" / "a.parquet")])
     assert [file.name for file in list_files(str(tmp_path))] == ["x/a.parquet", "y/a.parquet"]
+
+
+def test_null_text_behind_a_struct_is_found(tmp_path: Path) -> None:
+    path = _parquet(tmp_path / "a.parquet", meta=[{"a": 1, "b": 2}] * 2, id=["1", "2"], text=["x", None])
+    with pytest.raises(InputError, match="row 1 of row group 0 has no text"):
+        _check(path)
+
+
+def test_json_id_beyond_64_bits_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "text": "x"}\n{"id": 99999999999999999999, "text": "x"}\n')
+    with pytest.raises(InputError, match="line 2: 'id' is 99999999999999999999; give ids of at most 64 bits"):
+        _check(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,14 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from small_run import MODELS, write_small_recipe
 from tokenizers import Tokenizer
 
 from quadmix_plugin.config import load_recipe
-from quadmix_plugin.errors import RecipeError
-from quadmix_plugin.pipelines.context import STEPS, open_run
+from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.pipelines.context import STEPS, Run, open_run
+from quadmix_plugin.pipelines.label import label
+from quadmix_plugin.pipelines.proxies import _finish, pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps
+from quadmix_plugin.pipelines.search import search
+from quadmix_plugin.pipelines.select import _baselines
+from quadmix_plugin.stages.train_proxies import part_path
 from quadmix_plugin.store import RunDirectory
 
 KILLED = 9
@@ -163,3 +170,132 @@ def test_changed_corpus_is_refused(tmp_path: Path) -> None:
         open_run(load_recipe(path), tmp_path / "out"),
     ):
         pass
+
+
+def _keys(recipe: Path) -> dict[str, str]:
+    return Run(load_recipe(recipe), RunDirectory(recipe.parent / "none"), lambda: pytest.fail("nothing runs")).keys
+
+
+def _edit(recipe: Path, **sections: object) -> Path:
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    recipe.write_text(yaml.safe_dump(content | sections, sort_keys=False), encoding="utf-8")
+    return recipe
+
+
+def test_order_of_scorers_is_in_the_keys(tmp_path: Path) -> None:
+    recipe = write_small_recipe(tmp_path)
+    before = _keys(recipe)
+    scorers = yaml.safe_load(recipe.read_text(encoding="utf-8"))["scorers"]
+    after = _keys(_edit(recipe, scorers=dict(reversed(scorers.items()))))
+    assert all(before[name] != after[name] for name in STEPS)
+
+
+def test_validation_rows_behind_a_glob_are_in_the_keys(tmp_path: Path) -> None:
+    recipe = write_small_recipe(tmp_path, validation={"path": "valid*.jsonl"})
+    before = _keys(recipe)
+    rows = (tmp_path / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "validation.jsonl").write_text("\n".join(rows[1:]) + "\n", encoding="utf-8")
+    after = _keys(recipe)
+    assert before["normalise"] == after["normalise"]
+    assert before["proxies"] != after["proxies"]
+
+
+def test_place_of_models_and_the_caches_of_a_download_are_in_no_key(tmp_path: Path) -> None:
+    recipe = write_small_recipe(tmp_path)
+    before = _keys(recipe)
+    moved = shutil.copytree(MODELS / "tokenizer", tmp_path / "elsewhere")
+    (moved / ".cache").mkdir()
+    (moved / ".cache" / "etag").write_text("1", encoding="utf-8")
+    assert _keys(_edit(recipe, tokenizer={"model": str(moved)})) == before
+    tokenizer = json.loads((moved / "tokenizer.json").read_text(encoding="utf-8"))
+    (moved / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": None}, indent=3), encoding="utf-8")
+    assert _keys(recipe) != before
+
+
+def _columns_recipe(folder: Path, corpus: str) -> Path:
+    """A recipe whose labels are columns of the corpus, so that no model is loaded."""
+    recipe = write_small_recipe(folder, corpus={"path": corpus, "documents_per_shard": 40})
+    scorers = {"length": {"scorer": "column", "column": "tokens"}, "s": {"scorer": "column", "column": "s"}}
+    domain = {"classifier": "column", "column": "domain"}
+    return _edit(recipe, domain=domain, scorers=scorers, select={}, rank={"merge_small_domains": 0})
+
+
+def _rows(n: int) -> list[dict]:
+    kinds = ({"x": 1}, {"x": "one"}, None)  # of a key that nobody reads
+    return [
+        {
+            "doc_id": f"2020-01-01 00:{i // 60:02}:{i % 60:02}",
+            "text": f"{i} of many words",
+            "domain": "ab"[i % 2],
+            "tokens": i + 0.5,
+            "s": i,
+            "meta": kinds[i % 3],
+        }
+        for i in range(n)
+    ]
+
+
+def test_columns_that_are_called_like_ours_and_uneven_json_lines_are_read_as_they_are(tmp_path: Path) -> None:
+    rows = _rows(100)
+    recipe = _columns_recipe(tmp_path, "mine.jsonl")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with open_run(load_recipe(recipe), tmp_path / "out") as run:
+        label(run)
+        table = run.table
+    assert table.doc_ids.to_pylist() == [row["doc_id"] for row in rows]
+    assert [table.domains[m] for m in table.domain_ids] == [row["domain"] for row in rows]
+    np.testing.assert_array_equal(table.scores[:, 0], [row["tokens"] for row in rows])
+    assert table.tokens.max() < 20
+
+
+def test_pool_goes_on_after_a_kill_between_the_two_entries_of_a_pair(tmp_path: Path) -> None:
+    recipe = _columns_recipe(tmp_path, "mine.parquet")
+    rows = [{key: value for key, value in row.items() if key != "meta"} for row in _rows(100)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
+    with open_run(load_recipe(recipe), tmp_path / "out") as run:
+        label(run)
+        step = run.step("proxies")
+        write_pool(run, step)
+        whole = pool_prefixes(run)
+        entry = next((tmp_path / "out" / "manifest" / "proxies").glob("*-00001.idx.json"))
+        entry.unlink()
+        write_pool(run, step)
+        assert pool_prefixes(run) == whole
+        assert entry.exists()
+
+
+@pytest.fixture
+def copied(recipe_path: Path, finished: Path, tmp_path: Path):
+    """The finished run, opened in a copy that a test may change."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    with open_run(load_recipe(recipe_path), out) as run:
+        yield run
+
+
+@pytest.mark.parametrize("failed", [(3,), (0, 14)])
+def test_failed_proxies_are_left_out_of_the_search(copied: Run, failed: tuple[int, ...]) -> None:
+    step = copied.step("proxies")
+    for number in failed:
+        step.write_json(part_path(number), {"proxy": number, "kind": "draw", "seed": 1, "failure": "diverged"})
+    _finish(copied, step, step.read_table("proxies/thetas.parquet"), 0.0)
+    shutil.rmtree(copied.directory.root / "manifest" / "search")
+    search(copied)
+    found = copied.step("search").read_table("search/predictions.parquet")["proxy"].unique().to_pylist()
+    assert found == [number for number in range(14) if number not in failed]
+    losses = step.read_table("proxies/losses.parquet").to_pylist()
+    best = copied.step("search").read_json("search/metrics.json")["optimum"]["best_proxy"]
+    assert best["losses"]["hellaswag"] == next(
+        row["loss_hellaswag"] for row in losses if row["proxy"] == best["number"]
+    )
+    noise = step.read_json("proxies/noise.json")
+    assert set(noise) == (set() if 0 in failed else {"hellaswag", "mmlu"})
+
+
+def test_selector_that_returns_something_else_is_named(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def select(self, table, normalised, budget_tokens, seed):
+            return np.ones(table.n)  # not whole numbers
+
+    monkeypatch.setattr("quadmix_plugin.registry.create", lambda *_: Wrong())
+    with pytest.raises(InputError, match=r"select.compare.random: random returns float64"):
+        _baselines(copied, 1000)
