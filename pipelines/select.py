@@ -66,8 +66,9 @@ def select(run: Run) -> None:
         )
     copies |= _baselines(run, int(run.table.tokens[copies[QUADMIX] > 0].sum()))
     step.write_table("selection/baselines.parquet", _baseline_table(run.table, copies))
-    step.write_json("selection/summary.json", {"scaling": scaling, "selectors": _summary(run, copies)})
-    step.finish(**totals, seconds=round(time.monotonic() - started, 2))
+    summary = _summary(run, copies)
+    step.write_json("selection/summary.json", {"scaling": scaling, "selectors": summary})
+    step.finish(**totals, seconds=round(time.monotonic() - started, 2), headline=_headline(summary[QUADMIX], scaling))
 
 
 def selected_copies(run: Run) -> NDArray[np.int32]:
@@ -177,6 +178,11 @@ def _baseline_table(table: ScoreTable, copies: dict[str, NDArray[np.int32]]) -> 
         parts.append(pa.table({"selector": pa.array([name] * rows.size), DOC_ID: ids, COPIES: chosen[rows]}))
     schema = pa.schema([("selector", pa.string()), (DOC_ID, table.doc_ids.type), (COPIES, pa.int32())])
     return pa.concat_tables(parts) if parts else schema.empty_table()
+
+
+def _headline(chosen: dict[str, Any], scaling: dict[str, Any] | None) -> str:
+    text = f"{chosen['documents']:,} documents, {chosen['unique_tokens']:,} tokens, {chosen['tokens']:,} with copies"
+    return text if scaling is None else f"{text}; every ω × {scaling['factor']:.4g} for {scaling['target_tokens']:,}"
 
 
 def _summary(run: Run, copies: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
