@@ -24,7 +24,7 @@ def pretrain(run: Run) -> None:
     if step.is_done:
         return
     started = time.monotonic()
-    recipe = run.recipe
+    recipe, work = run.recipe, _work(run)
     vocabulary, eod = write_validation(run, step)
     stage = PretrainSelections(
         step=step,
@@ -35,7 +35,6 @@ def pretrain(run: Run) -> None:
         trainer=recipe.pretrain.trainer,
         options=trainer_options(run, recipe.pretrain.options),
     )
-    work = _work(run)
     parts = [pretrain_part_path(row["selector"], row["seed"]) for row in work.to_pylist()]
     todo = work.filter(pa.array([step.entry(path) is None for path in parts]))
     if todo.num_rows:

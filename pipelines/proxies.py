@@ -36,6 +36,7 @@ def proxies(run: Run) -> None:
     if step.is_done:
         return
     started = time.monotonic()
+    run.require("normalise")
     recipe = run.recipe
     vocabulary, _ = write_validation(run, step)
     write_pool(run, step)

@@ -35,6 +35,8 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     """Runs these steps and returns what the command line prints: seconds per step, headlines, the report's path."""
     if run.recipe.select.theta:  # parameters are given, so none are searched
         steps = [name for name in steps if name not in ("proxies", "search")]
+        if not steps:
+            raise UsageError("select.theta is given in the recipe, so nothing is searched; leave it out to search")
     check_before_work(run, steps)
     seconds, was_done = {}, {}
     for name in steps:

@@ -177,7 +177,7 @@ class Pretrain(Section):
 
 
 class Executor(Section):
-    """Where the work runs; has no influence on any result."""
+    """Where the work runs; apart from the device it has no influence on any result."""
 
     name: Literal["inline", "dask", "ray_data", "xenna"] = "dask"
     workers: int | None = Field(default=None, ge=1)

@@ -40,9 +40,9 @@ class ScorerMap:
 class Normaliser:
     """σ of all scorers of a corpus.
 
-    ``ecdf``: the share of the corpus' tokens whose document is at least as good, in (0, 1]; at most 4,096 knots per
-    scorer with equal token mass between them, so the value is exact at ties that hold more than that and off by at
-    most 1/4,096 elsewhere. ``zscore``: standard deviations below the token-weighted mean, on the observed range.
+    ``ecdf``: the share of the corpus' tokens whose document is at least as good, in (0, 1]; one knot for each 4,096th
+    of the token mass and one for each value that holds more than that, at which it is exact; elsewhere it is off by
+    at most 1/4,096. ``zscore``: standard deviations below the token-weighted mean, on the observed range.
     ``minmax``: 0 for the best observed score, 1 for the worst.
     """
 
@@ -112,8 +112,9 @@ def _token_mass(
 def _ecdf(quality: NDArray[np.float64], mass: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     share = np.cumsum(mass) / mass.sum()
     cell = np.minimum((share * _KNOTS).astype(np.int64), _KNOTS - 1)
-    keep = np.ones(quality.size, dtype=bool)
-    keep[1:-1] = cell[1:-1] != cell[2:]  # the last value of every cell
+    keep = mass * _KNOTS > mass.sum()  # a value that holds more than a cell, whatever follows it there
+    keep[[0, -1]] = True
+    keep[1:-1] |= cell[1:-1] != cell[2:]  # the last value of every cell
     return quality[keep], share[keep]
 
 

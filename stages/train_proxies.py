@@ -22,7 +22,7 @@ from nemo_curator.tasks import DocumentBatch
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
-from quadmix_plugin.errors import InputError, QuadmixError
+from quadmix_plugin.errors import InputError, QuadmixError, StorageError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.proxy.pool import TokenPool
@@ -167,6 +167,8 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
             )
             sets = self._data.sets
             result = trainer.train(pieces.tokens, sets, seed=self.weights_seed, vocabulary=self.vocabulary)
+        except StorageError:
+            raise
         except QuadmixError as error:  # too small a selection, or diverged: this θ only
             logger.warning("proxy %s: %s", work["proxy"], error)
             return {"failure": str(error)}

@@ -115,6 +115,9 @@ def test_theta_with_a_domain_that_the_corpus_lacks(tmp_path: Path, monkeypatch, 
     code, _, err = _quadmix(monkeypatch, capsys, "run", str(recipe), "--out", str(tmp_path / "out"))
     assert code == 1
     assert "domains Moon are in the parameters but not in the corpus" in err
+    code, _, err = _quadmix(monkeypatch, capsys, "search", str(recipe), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "select.theta is given" in err
 
 
 def test_run_directory_that_is_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -149,6 +152,20 @@ def test_usage_errors_exit_2(tmp_path: Path, monkeypatch, capsys) -> None:
     assert _quadmix(monkeypatch, capsys, "run", str(recipe), "--until", "lable")[0] == 2
     assert _quadmix(monkeypatch, capsys, "run")[0] == 2
     assert _quadmix(monkeypatch, capsys, "verify", str(tmp_path))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [("proxies", "label"), ("search", "proxies"), ("select", "search"), ("export", "label"), ("pretrain", "export")],
+)
+def test_step_before_its_turn_names_the_first_and_writes_nothing(
+    command: str, first: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    recipe = write_small_recipe(tmp_path)
+    code, _, err = _quadmix(monkeypatch, capsys, command, str(recipe), "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert f"is not finished; run `quadmix {first}` first" in err
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_plan_counts_without_starting_anything(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -57,6 +57,14 @@ def test_many_values_are_thinned_within_the_stated_error() -> None:
     assert np.abs(normaliser.apply(table.scores)[:, 0] - exact).max() <= 1 / 4096
 
 
+def test_heavy_tie_before_a_light_value_is_exact() -> None:
+    scores = [5.0] * 10 + [3.0] * 40 + [2.5] + [1.0] * 49
+    tokens = [100] * 50 + [1] + [100] * 49
+    table = _table(scores, tokens)
+    sigma = Normaliser.fit(table, {"s": True}).apply(table.scores)[:, 0]
+    np.testing.assert_allclose(sigma, _ecdf_by_hand(scores, tokens, True), atol=1 / 4096)
+
+
 def test_frozen_map_survives_json_and_keeps_old_values() -> None:
     table = _table([0.0, 1.0, 2.0], [1, 1, 2])
     normaliser = Normaliser.fit(table, {"s": True})
