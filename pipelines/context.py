@@ -2,7 +2,7 @@
 
 A step's key is the hash of the recipe sections it reads, of the content of the files these name, and of the key
 of the step before it. Changing a key of the recipe therefore invalidates its own step and what follows, nothing
-before; executor settings are in no key, since they change no result.
+before; executor settings are in no key.
 """
 
 import hashlib
