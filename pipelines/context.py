@@ -68,6 +68,11 @@ class Run:
             self.executor.close()  # type: ignore[attr-defined]
             del self.__dict__["executor"]
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps of this recipe: where it gives parameters, none are searched."""
+        return tuple(name for name in STEPS if not (self.recipe.select.theta and name in ("proxies", "search")))
+
     @cached_property
     def corpus_files(self) -> list[CorpusFile]:
         """The corpus' files; raises InputError as ``list_files``."""

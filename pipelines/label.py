@@ -1,6 +1,5 @@
 """Step 1: domain, quality scores and token count of every document, and σ fitted on them."""
 
-import logging
 import time
 
 from nemo_curator.pipeline import Pipeline
@@ -18,8 +17,6 @@ from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
 from quadmix_plugin.store import merge_counts
-
-logger = logging.getLogger(__name__)
 
 # Curator's default engine takes ids that look like times for times, and stops at a key, even one that nobody reads,
 # whose values are of several types.

@@ -10,7 +10,7 @@ from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.pipelines.context import STEPS, Run, executor_of, refuse_other_recipe
+from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.stages.export_tokens import vocabulary_of
@@ -34,13 +34,13 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     """
     run = Run(recipe, RunDirectory(out), lambda: executor_of(recipe))
     refuse_other_recipe(run)
-    check_before_work(run, STEPS)
+    check_before_work(run, run.steps)
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
     flops = {section: _flops_per_token(recipe, section) for section in ("proxy", "pretrain")}
     runs = (len(recipe.select.compare) + 1) * len(recipe.pretrain.seeds)
-    proxies = recipe.proxy.number + recipe.proxy.repeats - 1
+    proxies = recipe.proxy.number + recipe.proxy.repeats - 1 if "proxies" in run.steps else 0
     hours = {
         "proxies": proxies * recipe.proxy.tokens * flops["proxy"] / _FLOPS / 3600,
         "pretrain": runs * recipe.pretrain.tokens * flops["pretrain"] / _FLOPS / 3600,
@@ -61,12 +61,14 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         "quantities": {
             "documents": documents,
             "tokens": f"{tokens:,}" if labelled else f"about {round(tokens, 2 - len(str(tokens))):,}",
-            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {recipe.proxy.repeats - 1} repeats of one)",
+            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {recipe.proxy.repeats - 1} repeats of one)"
+            if proxies
+            else "none; select.theta is given",
             "training": f"{sum(hours.values()):.2g} GPU-hours (H200 at 40 % of its bf16 peak), or "
             f"{sum(hours.values()) * _FLOPS / _CORE_FLOPS:.2g} core-hours without a GPU",
             "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
         },
-        "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in STEPS],
+        "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in run.steps],
     }
 
 

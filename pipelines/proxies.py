@@ -1,6 +1,5 @@
 """Step 2: the token pool, parameters drawn by Algorithm 1, one proxy model for each, and the noise of their losses."""
 
-import logging
 import time
 
 import numpy as np
@@ -19,8 +18,6 @@ from quadmix_plugin.stages import ExportTokens, TrainProxies
 from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
 from quadmix_plugin.stages.train_proxies import ProxyTable, merge_parts, part_path, proxy_tasks
 from quadmix_plugin.store import Step
-
-logger = logging.getLogger(__name__)
 
 POOL = "proxies/pool"
 _DRAW, _REPEAT = "draw", "repeat"

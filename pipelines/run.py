@@ -1,6 +1,5 @@
 """The whole run: its steps in order, each skipped when its artifacts are already there."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,8 +10,6 @@ from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
 from quadmix_plugin.pipelines.report import verdict
-
-logger = logging.getLogger(__name__)
 
 _MODULE = {name: name for name in STEPS} | {"normalise": "label"}
 
@@ -33,10 +30,9 @@ def steps_until(last: str | None) -> tuple[str, ...]:
 
 def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     """Runs these steps and returns what the command line prints: seconds per step, headlines, the report's path."""
-    if run.recipe.select.theta:  # parameters are given, so none are searched
-        steps = [name for name in steps if name not in ("proxies", "search")]
-        if not steps:
-            raise UsageError("select.theta is given in the recipe, so nothing is searched; leave it out to search")
+    steps = [name for name in steps if name in run.steps]
+    if not steps:
+        raise UsageError("select.theta is given in the recipe, so nothing is searched; leave it out to search")
     check_before_work(run, steps)
     seconds, was_done = {}, {}
     for name in steps:

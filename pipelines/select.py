@@ -2,7 +2,6 @@
 # pyarrow makes its compute functions at import; no checker sees them.
 """Step 4: the selection under θ*, and the selections it is compared with, at the same budget of unique tokens."""
 
-import logging
 import time
 from typing import Any
 
@@ -35,8 +34,6 @@ from quadmix_plugin.stages import FitRank, MergeRank, ReadShards, SigmoidSample,
 from quadmix_plugin.stages.merge_rank import load_theta
 from quadmix_plugin.stages.shards import shard_tasks
 from quadmix_plugin.store import Step, merge_counts
-
-logger = logging.getLogger(__name__)
 
 QUADMIX = "quadmix"
 

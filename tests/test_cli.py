@@ -118,6 +118,9 @@ def test_theta_with_a_domain_that_the_corpus_lacks(tmp_path: Path, monkeypatch, 
     code, _, err = _quadmix(monkeypatch, capsys, "search", str(recipe), "--out", str(tmp_path / "out"))
     assert code == 2
     assert "select.theta is given" in err
+    code, out, _ = _quadmix(monkeypatch, capsys, "plan", str(recipe), "--out", str(tmp_path / "other"), "--json")
+    assert code == 0
+    assert not {"proxies", "search"} & {row["step"] for row in json.loads(out)["steps"]}
 
 
 def test_run_directory_that_is_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
