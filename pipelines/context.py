@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import xxhash
 import yaml
 from nemo_curator.backends.base import BaseExecutor
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
 from quadmix_plugin.corpus import CorpusFile, list_files
+from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.normalisation import Normaliser
-from quadmix_plugin.schema import DOC_ID, DOMAIN, OTHER_DOMAIN, TOKENS, ScoreTable, score_column
+from quadmix_plugin.schema import DOC_ID, DOMAIN, TOKENS, ScoreTable, normalised_column, score_column
 from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -33,10 +36,10 @@ STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrai
 
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers"),
-    "normalise": ("normalise", "rank"),
-    "proxies": ("seed", "space", "validation", "proxy"),
+    "normalise": ("normalise", "small_domains"),
+    "proxies": ("seed", "space", "validation", "proxy", "ranks"),
     "search": ("search",),
-    "select": ("select",),
+    "select": ("select", "rank"),
     "export": (),
     "pretrain": ("pretrain",),
     "report": ("name",),
@@ -87,6 +90,8 @@ class Run:
     def keys(self) -> dict[str, str]:
         """The key of every step."""
         content = self.recipe.model_dump(mode="json")
+        content["small_domains"] = content["rank"].pop("merge_small_domains")
+        content["ranks"] = {key: value for key, value in content["rank"].items() if key != "frozen"}
         corpus = {k: v for k, v in content["corpus"].items() if k != "path"}
         files = [(file.name, file.bytes, file.version) for file in self.corpus_files]
         keys, previous = {}, content_key(corpus, files)
@@ -136,22 +141,28 @@ class Run:
     @cached_property
     def table(self) -> ScoreTable:
         """The score table of the whole corpus, rows in the order of ``label_shards``; small domains folded."""
-        import pyarrow as pa
-
-        step = self.require("label")
         columns = [DOC_ID, DOMAIN, TOKENS, *map(score_column, self.scorers)]
-        labels = pa.concat_tables(step.read_table(f"labels/{shard}.parquet", columns) for shard in self.label_shards)
-        return fold_small_domains(ScoreTable.from_labels(labels, self.scorers), self.recipe.rank.merge_small_domains)
+        return ScoreTable.from_labels(self._normalised_shards(columns), self.scorers, self.summary.domains)
 
     @cached_property
     def normaliser(self) -> Normaliser:
-        """σ as fitted on this corpus."""
+        """σ as fitted on this corpus, or as the recipe gives it."""
         return Normaliser.from_dict(self.require("normalise").read_json("normalise/normaliser.json"))
 
     @cached_property
+    def summary(self) -> DomainSummary:
+        """Size and range of σ of every domain."""
+        return DomainSummary.from_dict(self.require("normalise").read_json("normalise/domains.json"))
+
+    @cached_property
     def normalised(self) -> NDArray[Any]:
-        """σ(q) of the whole corpus, float32 [n, N]."""
-        return self.normaliser.apply(self.table.scores)
+        """σ(q) of the whole corpus, float32 [n, N], rows as in ``table``."""
+        table = self._normalised_shards([normalised_column(scorer) for scorer in self.scorers])
+        return np.stack([column.to_numpy() for column in table.columns], axis=1)
+
+    def _normalised_shards(self, columns: list[str]) -> pa.Table:
+        step = self.require("normalise")
+        return pa.concat_tables(step.read_table(f"normalise/{shard}.parquet", columns) for shard in self.label_shards)
 
 
 @contextmanager
@@ -195,19 +206,6 @@ def executor_of(recipe: Recipe) -> BaseExecutor:
             # One worker, which owns the GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
             options |= {"n_workers": section.workers or 1, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
-
-
-def fold_small_domains(table: ScoreTable, fewest_tokens: int) -> ScoreTable:
-    """Documents of domains with fewer tokens than ``fewest_tokens`` get the domain ``other``."""
-    small = table.domain_tokens < fewest_tokens
-    if not small.any():
-        return table
-    import numpy as np
-
-    kept = [name for name, is_small in zip(table.domains, small, strict=True) if not is_small]
-    names = tuple(sorted({*kept, OTHER_DOMAIN}))
-    position = np.array([names.index(OTHER_DOMAIN if s else d) for d, s in zip(table.domains, small, strict=True)])
-    return ScoreTable(table.doc_ids, position[table.domain_ids], table.tokens, table.scores, names, table.scorers)
 
 
 def _fingerprint(value: Any) -> Any:

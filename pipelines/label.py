@@ -1,4 +1,4 @@
-"""Step 1: domain, quality scores and token count of every document, and σ fitted on them."""
+"""Step 1: domain, quality scores and token count of every document."""
 
 import time
 
@@ -8,11 +8,9 @@ from nemo_curator.stages.text.io.reader.jsonl import JsonlReaderStage
 from nemo_curator.stages.text.io.reader.parquet import ParquetReaderStage
 from nemo_curator.tasks import FileGroupTask, Task
 
-from quadmix_plugin import registry
 from quadmix_plugin.config import scorer_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.errors import InputError, QuadmixError
-from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
@@ -50,22 +48,6 @@ def label(run: Run) -> None:
     if not totals["rows_kept"]:
         raise InputError(f"{run.corpus_files[0].path}: no usable document; dropped {totals['dropped']}")
     step.finish(**totals, seconds=round(time.monotonic() - started, 2), files=len(run.corpus_files))
-
-
-def normalise(run: Run) -> None:
-    """Fits σ on the labels and writes ``normalise/normaliser.json``."""
-    step = run.step("normalise")
-    if step.is_done:
-        return
-    started = time.monotonic()
-    directions = {}
-    for name, options in run.recipe.scorers.items():
-        plugin, rest = scorer_plugin(name, options)
-        directions[name] = registry.create("scorers", plugin, rest, f"scorers.{name}").higher_is_better
-    normaliser = Normaliser.fit(run.table, directions, run.recipe.normalise.method)
-    step.write_json("normalise/normaliser.json", normaliser.to_dict())
-    rows = run.table.n
-    step.finish(rows_in=rows, rows_kept=rows, dropped={}, seconds=round(time.monotonic() - started, 2))
 
 
 def label_stages(run: Run) -> list[ProcessingStage]:

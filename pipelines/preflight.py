@@ -6,7 +6,9 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.pipelines.normalise import frozen_normaliser
 from quadmix_plugin.pipelines.proxies import trainer_options
+from quadmix_plugin.pipelines.select import frozen_rank_map
 from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
 from quadmix_plugin.stages.export_tokens import end_of_document
 from quadmix_plugin.stages.merge_rank import load_theta
@@ -35,13 +37,10 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
         raise RecipeError(f"tokenizer.eod: {error}") from error
     if {"proxies", "search"} & set(todo):
         _check_number_of_proxies(run)
-    if recipe.select.theta and "select" in todo:
-        theta = load_theta(recipe.select.theta)
-        if theta.scorers != run.scorers:
-            raise RecipeError(
-                f"select.theta: {recipe.select.theta} was made for the scorers {', '.join(theta.scorers)}; scorers has "
-                f"{', '.join(run.scorers)}"
-            )
+    if "normalise" in todo:
+        frozen_normaliser(run)
+    if "select" in todo:
+        _check_given_parameters(run)
     for options in recipe.select.compare.values() if "select" in todo else ():
         if isinstance(path := options.get("theta"), str):
             load_theta(path)
@@ -52,6 +51,25 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
             table = tokenise_rows(rows, tokenizer, eod, context, recipe.validation.mask_prompt)
             for part in ("search", "report"):
                 validation_sets(table, part)
+
+
+def _check_given_parameters(run: Run) -> None:
+    """select.theta and rank.frozen, which belong together and to these scorers."""
+    path, rank = run.recipe.select.theta, run.recipe.rank
+    if path is None:
+        if rank.frozen:
+            raise RecipeError(
+                "rank.frozen: ranks of an earlier run belong to its parameters; give select.theta too"
+            )
+        return
+    theta = load_theta(path)
+    if theta.scorers != run.scorers:
+        raise RecipeError(
+            f"select.theta: {path} was made for the scorers {', '.join(theta.scorers)}; scorers has "
+            f"{', '.join(run.scorers)}"
+        )
+    if rank.frozen:
+        frozen_rank_map(run, theta)
 
 
 def _context(run: Run, name: str) -> int:

@@ -1,6 +1,7 @@
 """Step 2: the token pool, parameters drawn by Algorithm 1, one proxy model for each, and the noise of their losses."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,14 @@ from quadmix_plugin.pipelines.label import run_over_documents
 from quadmix_plugin.pipelines.search import LOSS_PREFIX
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
 from quadmix_plugin.search.evaluation import noise
+from quadmix_plugin.search.features import FeatureMap
 from quadmix_plugin.stages import ExportTokens, TrainProxies
 from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
-from quadmix_plugin.stages.train_proxies import ProxyTable, merge_parts, part_path, proxy_tasks
+from quadmix_plugin.stages.train_proxies import Draws, ProxyTable, merge_parts, part_path, proxy_tasks
 from quadmix_plugin.store import Step
 
-POOL = "proxies/pool"
+POOL, THINNING = "proxies/pool", "proxies/thinning.json"
+_SPARE = 1.05  # of the tokens of the smallest selection over those of a proxy, for the luck of the draw
 _DRAW, _REPEAT = "draw", "repeat"
 
 
@@ -36,12 +39,13 @@ def proxies(run: Run) -> None:
     run.require("normalise")
     recipe = run.recipe
     vocabulary, _ = write_validation(run, step)
-    write_pool(run, step)
-    if step.entry("proxies/table.parquet") is None:
-        step.write_table("proxies/table.parquet", ProxyTable.of(run.table, run.normalised).to_arrow())
     thetas = _thetas(run)
     if step.entry("proxies/thetas.parquet") is None:
         step.write_table("proxies/thetas.parquet", thetas)
+    draws = _draws(run, step, thetas)
+    write_pool(run, step, draws.below)
+    if step.entry("proxies/table.parquet") is None:
+        step.write_table("proxies/table.parquet", ProxyTable.of(run.table, run.normalised).to_arrow())
     train = TrainProxies(
         step=step,
         table=str(step.read_path("proxies/table.parquet")),
@@ -51,8 +55,7 @@ def proxies(run: Run) -> None:
         vocabulary=vocabulary,
         trainer=recipe.proxy.trainer,
         options=trainer_options(run, recipe.proxy.options),
-        ties=recipe.rank.ties,
-        draw_seed=recipe.seed,
+        draws=draws,
         weights_seed=recipe.seed,
     )
     numbers = thetas["proxy"].to_pylist()
@@ -83,12 +86,18 @@ def write_validation(run: Run, step: Step) -> tuple[int, int]:
     return vocabulary_of(tokenizer), eod
 
 
-def write_pool(run: Run, step: Step) -> None:
-    """Tokenises every document once, one pair of token files per shard."""
-    recipe = run.recipe
-    tokenizer = recipe.tokenizer
+def write_pool(run: Run, step: Step, below: float = 1.0) -> None:
+    """Tokenises every document of the score table whose u is ``below``, once; one pair of token files per shard."""
+    tokenizer, normalised = run.recipe.tokenizer, run.require("normalise")
     export = ExportTokens(
-        step=step, tokenizer=tokenizer.model, revision=tokenizer.revision, eod=tokenizer.eod, folder=POOL
+        step=step,
+        tokenizer=tokenizer.model,
+        revision=tokenizer.revision,
+        eod=tokenizer.eod,
+        folder=POOL,
+        kept=normalised if (normalised.summary() or {}).get("dropped") else None,
+        below=below,
+        seed=run.recipe.seed,
     )
     done = frozenset(shard for shard in run.label_shards if pair_entry(step, f"{POOL}/{shard}") is not None)
     if len(done) < len(run.label_shards):
@@ -99,6 +108,25 @@ def pool_prefixes(run: Run) -> list[str]:
     """The pool's pairs in the order of the score table."""
     step = run.step("proxies")
     return [str(step.read_path(f"{POOL}/{shard}.idx").with_suffix("")) for shard in run.label_shards]
+
+
+def _draws(run: Run, step: Step, thetas: pa.Table) -> Draws:
+    """How documents are drawn; under ``pool: thinned``, the factor on every S and the share of documents it leaves."""
+    proxy, rank = run.recipe.proxy, run.recipe.rank
+    draws = Draws(
+        rank.method, rank.ties, rank.bins, rank.subset_documents, rank.subset_per_domain, run.recipe.seed,
+        independent=proxy.draws == "independent",
+    )  # fmt: skip
+    if proxy.pool == "whole":
+        return draws
+    if step.entry(THINNING) is None:
+        vectors = np.array(thetas["theta"].to_pylist())
+        fewest = float(FeatureMap.of(run.table, run.normalised).statistics(vectors).selected_tokens.min())
+        thin = min(1.0, _SPARE * proxy.tokens / max(fewest, 1.0))
+        below = min(1.0, thin * (2**run.recipe.space.eta_max + run.recipe.space.epsilon_max))
+        step.write_json(THINNING, {"thin": thin, "below": below, "fewest_selected_tokens": fewest})
+    facts = step.read_json(THINNING)
+    return replace(draws, thin=facts["thin"], below=facts["below"])
 
 
 def trainer_options(run: Run, options: dict) -> dict:

@@ -9,7 +9,7 @@ from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
-from quadmix_plugin.ranking import RankMap
+from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.report import (
     LOSS_PREFIX,
     ReportData,
@@ -23,6 +23,7 @@ from quadmix_plugin.store import atomic_path
 from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
 
 _BINS = 40
+_RANK_ERROR = 0.01
 
 
 def report(run: Run) -> None:
@@ -63,7 +64,8 @@ def _steps(run: Run, done: set[str]) -> list[StepRows]:
     for name in STEPS:
         facts = run.step(name).summary() if name in done else None
         if facts is not None:
-            rows_in = facts.get("rows_in", run.table.n)
+            rows_in = run.table.n if name not in ("label", "normalise") else facts["rows_in"]
+            rows_in = facts.get("rows_in", rows_in)
             dropped, seconds = facts.get("dropped", {}), facts.get("seconds")
             kept = facts.get("rows_kept", rows_in)
             rows.append(StepRows(name, rows_in, kept, dropped, seconds, facts.get("headline", "")))
@@ -164,9 +166,11 @@ def _warnings(run: Run, done: set[str]) -> list[str]:
             f"{len(stuck)} domains select almost nothing: the best document alone exceeds ω under the paper's rule "
             f"({', '.join(stuck)}). Set rank.merge_small_domains, or rank.ties: mid."
         )
-    if "label" in done:
-        dropped = (run.step("label").summary() or {}).get("dropped", {})
+    for name in ("label", "normalise"):
+        dropped = (run.step(name).summary() or {}).get("dropped", {}) if name in done else {}
         warnings += [f"{n:,} documents dropped: {reason}." for reason, n in dropped.items()]
+    if "select" in done:
+        warnings += _rank_warnings(run)
     return warnings
 
 
@@ -176,5 +180,17 @@ def domains_out_of_reach(run: Run) -> list[str]:
     theta = Parameters.from_dict(step.read_json("selection/theta.json"))
     ranks = RankMap.from_table(step.read_table("selection/rank_map.parquet"))
     present, first = np.unique(ranks.domain_ids, return_index=True)
-    best = ranks.rank(ranks.merged[first], present, run.recipe.rank.ties)
+    hashes = ranks.tie[first] if ranks.tie.size else np.zeros(first.size, dtype=np.uint64)
+    best = ranks.rank(ranks.cells["lowest"][first], present, hashes)
     return [theta.domains[m] for m, rank in zip(present, best, strict=True) if rank > theta.omega[m]]
+
+
+def _rank_warnings(run: Run) -> list[str]:
+    """What the method of the ranks is expected to cost, where that is more than a percent of the selected tokens."""
+    facts = run.step("select").read_json("selection/summary.json")["quadmix"]
+    if facts["rank_error"] <= _RANK_ERROR:
+        return []
+    return [
+        f"Ranks by rank.method: {facts['rank_method']} are expected to be off by {facts['rank_error']:.1%} of each "
+        f"domain's selected tokens; rank.method: exact has no such error."
+    ]

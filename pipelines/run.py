@@ -11,8 +11,6 @@ from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
 from quadmix_plugin.pipelines.report import verdict
 
-_MODULE = {name: name for name in STEPS} | {"normalise": "label"}
-
 
 def steps_until(last: str | None) -> tuple[str, ...]:
     """All steps up to and with ``last``; None for all of them.
@@ -53,7 +51,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
 
 def step_function(name: str) -> Callable[[Run], None]:
     """The function of a step; its module is imported only when it runs."""
-    return getattr(import_module(f"quadmix_plugin.pipelines.{_MODULE[name]}"), name)
+    return getattr(import_module(f"quadmix_plugin.pipelines.{name}"), name)
 
 
 def _headline(run: Run, name: str, was_done: bool, seconds: float) -> str:

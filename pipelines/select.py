@@ -3,22 +3,24 @@
 """Step 4: the selection under θ*, and the selections it is compared with, at the same budget of unique tokens."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from nemo_curator.pipeline import Pipeline
-from nemo_curator.tasks import DocumentBatch
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
-from quadmix_plugin.budget import scale_to_budget
+from quadmix_plugin.budget import expected_tokens, scale_to_budget
 from quadmix_plugin.config import scorer_plugin
-from quadmix_plugin.errors import InputError
+from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
-from quadmix_plugin.ranking import RankMap, merge_quality, quality_rank
+from quadmix_plugin.pipelines.rank import FitRankMap, widened
+from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.schema import (
     COPIES,
     DOC_ID,
@@ -28,14 +30,15 @@ from quadmix_plugin.schema import (
     SAMPLING_VALUE,
     TOKENS,
     ScoreTable,
-    score_column,
 )
-from quadmix_plugin.stages import FitRank, MergeRank, ReadShards, SigmoidSample, WriteShards
+from quadmix_plugin.stages import MergeRank, ReadShards, SigmoidSample, WriteShards
 from quadmix_plugin.stages.merge_rank import load_theta
 from quadmix_plugin.stages.shards import shard_tasks
 from quadmix_plugin.store import Step, merge_counts
 
 QUADMIX = "quadmix"
+
+_ROWS_PER_STATE = 500_000  # of batches that share one state; it is some MB at most
 
 _COLUMNS = [DOC_ID, COPIES, DOMAIN, TOKENS, MERGED_QUALITY, QUALITY_RANK, SAMPLING_VALUE]
 
@@ -50,9 +53,9 @@ def select(run: Run) -> None:
     if step.is_done:
         return
     started = time.monotonic()
-    theta, scaling = _theta(run)
+    theta, ranks, scaling = _theta_and_ranks(run)
     step.write_json("selection/theta.json", theta.to_dict())
-    step.write_table("selection/rank_map.parquet", _fit_rank(run, theta).to_table())
+    step.write_table("selection/rank_map.parquet", ranks.to_table())
     _sample(run, step, theta)
     totals = merge_counts(e.facts for e in step.entries() if "rows_in" in e.facts)
     copies = {QUADMIX: selected_copies(run)}
@@ -64,7 +67,8 @@ def select(run: Run) -> None:
     copies |= _baselines(run, int(run.table.tokens[copies[QUADMIX] > 0].sum()))
     step.write_table("selection/baselines.parquet", _baseline_table(run.table, copies))
     summary = _summary(run, copies)
-    step.write_json("selection/summary.json", {"scaling": scaling, "selectors": summary})
+    expected = _expected(run, theta, ranks)
+    step.write_json("selection/summary.json", {"scaling": scaling, "quadmix": expected, "selectors": summary})
     step.finish(**totals, seconds=round(time.monotonic() - started, 2), headline=_headline(summary[QUADMIX], scaling))
 
 
@@ -90,46 +94,86 @@ def copies_by_row(table: ScoreTable, selection: pa.Table) -> NDArray[np.int32]:
     return copies
 
 
-def _theta(run: Run) -> tuple[Parameters, dict[str, Any] | None]:
+def _theta_and_ranks(run: Run) -> tuple[Parameters, RankMap, dict[str, Any] | None]:
+    """θ scaled to the budget, the rank map, and what the scaling was."""
+    theta = _theta(run)
+    target, tokens = run.recipe.select.target_tokens, run.summary.in_order(theta.domains, theta.scorers).tokens
+    ranks = frozen_rank_map(run, theta) if run.recipe.rank.frozen else _fit_ranks(run, theta, target, tokens)
+    ranks = replace(ranks, domains=theta.domains)
+    if target is None:
+        return theta, ranks, None
+    budget = scale_to_budget(theta, ranks, target, tokens)
+    facts = {"target_tokens": target, "factor": budget.factor, "expected_tokens": budget.expected_tokens}
+    return budget.theta, ranks, facts
+
+
+def _fit_ranks(run: Run, theta: Parameters, target: int | None, tokens: NDArray[np.int64]) -> RankMap:
+    settings, tasks = run.recipe.rank, shard_tasks(run.label_shards)
+    rows = sum(int(entry.facts.get("rows_kept", 0)) for entry in run.require("normalise").entries())
+    fit = FitRankMap(
+        read=[], theta=theta, method=settings.method, ties=settings.ties, summary=run.summary, bins=settings.bins,
+        documents=settings.subset_documents, per_domain=settings.subset_per_domain, seed=run.recipe.seed,
+        batches_per_state=max(1, _ROWS_PER_STATE * len(tasks) // max(rows, 1)),
+    )  # fmt: skip
+    fit.read = [ReadShards(step=run.require("normalise"), folder="normalise", columns=fit.columns())]
+    if settings.method != "exact":
+        return fit.run(run.executor, tasks).get_metadata("rank_map")
+    histogram = fit.histogram(run.executor, tasks)
+    omega = theta.omega
+    if target is not None:
+        rough = RankMap.of_histogram(histogram, settings.ties)
+        omega = widened(scale_to_budget(theta, rough, target, tokens).theta.omega)
+    while True:
+        ranks = fit.exact(histogram, omega, run.executor, tasks)
+        needed = theta.omega if target is None else scale_to_budget(theta, ranks, target, tokens).theta.omega
+        if (needed <= omega).all():
+            return ranks
+        omega = widened(np.maximum(needed, omega))
+
+
+def frozen_rank_map(run: Run, theta: Parameters) -> RankMap:
+    """The rank map that the recipe gives.
+
+    Raises:
+        RecipeError: no such file, it is something else, of other domains, or of another rule for ties.
+    """
+    path, ties = str(run.recipe.rank.frozen), run.recipe.rank.ties
+    try:
+        ranks = RankMap.from_table(pq.read_table(path))
+    except (InputError, OSError, pa.ArrowException, KeyError) as error:
+        raise RecipeError(f"rank.frozen: {path}: not a rank map ({error}); give a run's rank_map.parquet") from error
+    if ranks.domains != theta.domains:
+        raise RecipeError(
+            f"rank.frozen: {path} is of the domains {', '.join(ranks.domains)}, the parameters of "
+            f"{', '.join(theta.domains)}; give the two files of one run"
+        )
+    if ranks.ties != ties:
+        raise RecipeError(
+            f"rank.frozen: {path} was made with ties {ranks.ties!r}; set rank.ties to that, found {ties!r}"
+        )
+    return ranks
+
+
+def _theta(run: Run) -> Parameters:
     path = run.recipe.select.theta
     theta = load_theta(path) if path else Parameters.from_dict(run.require("search").read_json("search/theta.json"))
-    table = run.table
-    if theta.scorers != table.scorers:
+    where = path or "search/theta.json"
+    if theta.scorers != run.scorers:
         raise InputError(
-            f"{path or 'search/theta.json'}: made for the scorers {', '.join(theta.scorers)}; this recipe has "
-            f"{', '.join(table.scorers)}"
+            f"{where}: made for the scorers {', '.join(theta.scorers)}; this recipe has {', '.join(run.scorers)}"
         )
-    if absent := sorted(set(theta.domains) - set(table.domains)):
+    domains = run.summary.domains
+    if (absent := sorted(set(theta.domains) - set(domains))) and not run.recipe.rank.frozen:
         raise InputError(
-            f"{path or 'search/theta.json'}: domains {', '.join(absent[:5])} are in the parameters but not in the "
-            f"corpus; give parameters of this corpus, or label it with the classifier they were made with"
+            f"{where}: domains {', '.join(absent[:5])} are in the parameters but not in the corpus; give parameters of "
+            f"this corpus, or label it with the classifier they were made with"
         )
-    if unknown := sorted(set(table.domains) - set(theta.domains)):
+    if unknown := sorted(set(domains) - set(theta.domains)):
         raise InputError(
-            f"{path or 'search/theta.json'}: domains {', '.join(unknown[:5])} of the corpus are not in the parameters; "
-            f"give parameters of this corpus"
+            f"{where}: domains {', '.join(unknown[:5])} of the corpus are not in the parameters; give parameters of "
+            f"this corpus"
         )
-    target = run.recipe.select.target_tokens
-    if target is None:
-        return theta, None
-    rank = quality_rank(
-        merge_quality(run.normalised, table.domain_ids, theta), table.domain_ids, table.tokens, run.recipe.rank.ties
-    )
-    budget = scale_to_budget(theta, rank, table.domain_ids, table.tokens, target)
-    facts = {"target_tokens": target, "factor": budget.factor, "expected_tokens": budget.expected_tokens}
-    return budget.theta, facts
-
-
-def _fit_rank(run: Run, theta: Parameters) -> RankMap:
-    label = run.require("label")
-    stages = [
-        ReadShards(step=label, folder="labels", columns=[DOMAIN, TOKENS, *map(score_column, run.scorers)]),
-        FitRank(theta=theta, normaliser=run.normaliser),
-    ]
-    states = Pipeline("fit_rank", stages=stages).run(run.executor, initial_tasks=shard_tasks(run.label_shards))
-    return RankMap.merge(
-        RankMap.from_table(state.to_pyarrow()) for state in states or [] if isinstance(state, DocumentBatch)
-    )
+    return theta
 
 
 def _sample(run: Run, step: Step, theta: Parameters) -> None:
@@ -137,12 +181,11 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
     if not todo:
         return
     stages = [
-        ReadShards(step=run.require("label"), folder="labels"),
+        ReadShards(step=run.require("normalise"), folder="normalise"),
         MergeRank(
             theta=theta,
-            normaliser=run.normaliser,
             rank_map=RankMap.from_table(step.read_table("selection/rank_map.parquet")),
-            ties=run.recipe.rank.ties,
+            seed=run.recipe.seed,
         ),
         SigmoidSample(theta=theta, seed=run.recipe.seed),
         WriteShards(step=step, folder="selection", columns=_COLUMNS),
@@ -177,6 +220,19 @@ def _baseline_table(table: ScoreTable, copies: dict[str, NDArray[np.int32]]) -> 
     return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
+def _expected(run: Run, theta: Parameters, ranks: RankMap) -> dict[str, Any]:
+    """What was to be expected of the selection, and how far the rank method can have moved it."""
+    tokens = run.summary.in_order(theta.domains, theta.scorers).tokens
+    each, error = expected_tokens(ranks, theta, tokens), ranks.expected_error(theta.omega)
+    total = float(each.sum())
+    return {
+        "expected_tokens": total,
+        "rank_method": ranks.method,
+        "rank_error": float((each * error).sum() / total) if total else 0.0,
+        "domain_rank_error": dict(zip(theta.domains, error.tolist(), strict=True)),
+    }
+
+
 def _headline(chosen: dict[str, Any], scaling: dict[str, Any] | None) -> str:
     text = f"{chosen['documents']:,} documents, {chosen['unique_tokens']:,} tokens, {chosen['tokens']:,} with copies"
     return text if scaling is None else f"{text}; every ω × {scaling['factor']:.4g} for {scaling['target_tokens']:,}"
@@ -195,6 +251,7 @@ def _summary(run: Run, copies: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
             "copies": int(chosen.sum()),
             "unique_tokens": own,
             "tokens": int(tokens.sum()),
+            "epochs": float(tokens.sum() / own) if own else 0.0,
             "domain_tokens": dict(zip(table.domains, by_domain.astype(int).tolist(), strict=True)),
             "overlap_with_quadmix": int(table.tokens[taken & quadmix].sum()) / own if own else 0.0,
         }

@@ -63,13 +63,25 @@ class Normalise(Section):
     """σ."""
 
     method: Literal["ecdf", "zscore", "minmax"] = "ecdf"
+    frozen: str | None = None
+    """A normaliser.json to use unchanged, so that shards added to a corpus keep the scale of the first ones."""
+    invalid_scores: Literal["error", "drop"] = "error"
+    """What to do with a document whose score is missing, NaN or infinite."""
 
 
 class Rank(Section):
     """Eq. 2."""
 
-    method: Literal["exact"] = "exact"
-    ties: Literal["paper", "mid"] = "paper"
+    method: Literal["histogram", "exact", "subset"] = "histogram"
+    ties: Literal["paper", "mid", "hash"] = "paper"
+    bins: int = Field(default=4096, ge=16, le=65536)
+    """Bins of each domain, for ``histogram``."""
+    subset_documents: int = Field(default=10_000, ge=1)
+    """Size of the subset, for ``subset``."""
+    subset_per_domain: bool = True
+    """So many documents of each domain, or in all."""
+    frozen: str | None = None
+    """A rank_map.parquet of an earlier run, to which these documents are ranked."""
     merge_small_domains: int = Field(default=0, ge=0)
     """Domains with fewer tokens than this are folded into one domain, ``other``."""
 
@@ -116,8 +128,18 @@ class Proxy(Section):
     """Tokens that each proxy is trained on."""
     repeats: int = Field(default=4, ge=2)
     """Seeds of one θ, for the noise estimate; the first is proxy 0 itself."""
+    draws: Literal["common", "independent"] = "common"
+    """All θ share the uniforms of the draw, or each has its own."""
+    pool: Literal["whole", "thinned"] = "whole"
+    """Every document is tokenised, or only those that a proxy of so few tokens can need."""
     trainer: str = "torch"
     options: Options = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_pool(self) -> "Proxy":
+        if self.pool == "thinned" and self.draws == "independent":
+            raise ValueError("pool 'thinned' holds the documents of one draw; set draws: common, or pool: whole")
+        return self
 
 
 class Search(Section):
@@ -348,8 +370,9 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     content = recipe.model_dump()
     for section in ("corpus", "validation"):
         content[section]["path"] = absolute(content[section]["path"])
-    if content["select"]["theta"]:
-        content["select"]["theta"] = absolute(content["select"]["theta"])
+    for section, key in (("normalise", "frozen"), ("select", "theta")):
+        if content[section][key]:
+            content[section][key] = absolute(content[section][key])
     for options in content["select"]["compare"].values():
         if options.get("theta"):
             options["theta"] = absolute(options["theta"])

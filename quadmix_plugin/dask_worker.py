@@ -9,16 +9,17 @@ import pickle
 import threading
 
 import cloudpickle
-from nemo_curator.backends.base import BaseStageAdapter, NodeInfo, WorkerMetadata
+from nemo_curator.backends.base import NodeInfo, WorkerMetadata
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import Task
 
 from quadmix_plugin.errors import QuadmixError
+from quadmix_plugin.stage_adapter import StageAdapter
 
 TOPIC = "quadmix-units"  # a Dask event per finished unit: (run, unit, shards of its outputs)
 
 
-class _Adapter(BaseStageAdapter):
+class _Adapter(StageAdapter):
     """A stage as one worker process holds it; never entered by two threads at once."""
 
     def __init__(self, stage: ProcessingStage):
@@ -83,7 +84,7 @@ def set_up_node(blob: bytes) -> None:
     host = worker.address.rpartition("://")[2].rpartition(":")[0]
     try:
         stage = cloudpickle.loads(blob)
-        BaseStageAdapter(stage).setup_on_node(NodeInfo(node_id=host), WorkerMetadata(worker_id=str(worker.name)))
+        StageAdapter(stage).setup_on_node(NodeInfo(node_id=host), WorkerMetadata(worker_id=str(worker.name)))
     except (Exception, SystemExit) as error:  # a stranger's stage
         if _is_portable(error):
             raise

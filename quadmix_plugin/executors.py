@@ -19,7 +19,7 @@ from itertools import islice
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
-from nemo_curator.backends.base import BaseExecutor, BaseStageAdapter, NodeInfo, WorkerMetadata
+from nemo_curator.backends.base import BaseExecutor, NodeInfo, WorkerMetadata
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import EmptyTask, Task
 
@@ -27,6 +27,7 @@ from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_erro
 from quadmix_plugin.dask_worker import shard_of
 from quadmix_plugin.errors import QuadmixError, RecipeError
 from quadmix_plugin.ray_executor import RayExecutor
+from quadmix_plugin.stage_adapter import StageAdapter
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -291,7 +292,7 @@ def _through(
     while batch := list(islice(tasks, max(1, stage.batch_size or 1))):
         try:
             if adapter is None:
-                adapter, worker = BaseStageAdapter(stage), WorkerMetadata(worker_id="inline")
+                adapter, worker = StageAdapter(stage), WorkerMetadata(worker_id="inline")
                 adapter.setup_on_node(NodeInfo(node_id="127.0.0.1"), worker)
                 adapter.setup(worker)
                 teardowns.callback(adapter.teardown)

@@ -1,23 +1,22 @@
-"""Eq. 3 of QuaDMix: from the quality rank to an expected number of copies, and the draw of the integer.
+"""Eq. 3 of QuaDMix as pure functions: from the quality rank to expected copies, and the draw of the integer.
 
-The draw of a document is a function of its id and the seed alone: it does not change with partitioning, row
-order, executor, worker count or a retry.
+The draw of a document is a function of its id and the seed alone (see ``hashing``). Arrays may be numpy's, or cupy's on
+a GPU.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
-
 import numpy as np
-import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
 
+from quadmix_plugin.arguments import require_domain_ids, require_one_length, require_tokens
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.hashing import DocIds, hash64, stream_hash, tie_hash
+from quadmix_plugin.kernels import arrays
 from quadmix_plugin.parameters import Parameters
-from quadmix_plugin.ranking import Ties, merge_quality, quality_rank, require_domain_ids
+from quadmix_plugin.rank_map import Method, RankMap, Ties
+from quadmix_plugin.rank_states import BINS, Grid, Hashes, RankHistogram, RankSample
+from quadmix_plugin.ranking import merge_quality
 
 Array = NDArray[np.float64]
-DocIds = NDArray[np.integer] | Sequence[str] | Sequence[int] | pa.Array | pa.ChunkedArray
 
 
 def sampling_value(rank: ArrayLike, domain_ids: ArrayLike, theta: Parameters) -> Array:
@@ -29,39 +28,52 @@ def sampling_value(rank: ArrayLike, domain_ids: ArrayLike, theta: Parameters) ->
     Raises:
         InputError: a rank outside (0, 1], a domain id outside θ, or lengths that differ.
     """
+    if arrays.on_device(rank, domain_ids):
+        return arrays.sampling_value(rank, domain_ids, theta)
+    from quadmix_plugin.kernels import cpu
+
     ranks = np.asarray(rank, dtype=np.float64)
     ids = require_domain_ids(domain_ids, theta.n_domains)
-    if ranks.shape != ids.shape or ranks.ndim != 1:
-        raise InputError(f"rank {ranks.shape} and domain_ids {ids.shape} must be one-dimensional and of one length")
-    if not ((ranks > 0) & (ranks <= 1)).all():
+    require_one_length(rank=ranks, domain_ids=ids)
+    if ranks.size and not (ranks.min() > 0 and ranks.max() <= 1):  # NaN fails as well
         bad = ranks[~((ranks > 0) & (ranks <= 1))]
         raise InputError(f"rank: {bad.size} outside (0, 1], first {bad[0]}; give what quality_rank returns")
-    value = theta.epsilon[ids]
-    inside = ranks <= theta.omega[ids]
-    m = ids[inside]
-    value[inside] += (2.0 * expit(theta.lam[m] * (theta.omega[m] - ranks[inside]))) ** theta.eta[m]
+    value = np.empty(ranks.size)
+    cpu.value(ranks, ids, cpu.theta_of(theta), value)
     return value
 
 
-def draw_copies(value: ArrayLike, doc_ids: DocIds, seed: int) -> NDArray[np.int32]:
-    """The integer number of copies: floor(S) + [u < S − floor(S)] with u = ``uniform(doc_ids, seed)``.
+def draw_copies(value: ArrayLike, doc_ids: DocIds, seed: int, stream: int = 0) -> NDArray[np.int32]:
+    """The integer number of copies: floor(S) + [u < S − floor(S)] with u = hash64(doc_ids, seed) / 2^64.
 
-    Shapes: ``value`` [n], ``doc_ids`` [n]. Returns int32 [n].
+    Shapes: ``value`` [n], ``doc_ids`` [n]. Returns int32 [n]. Different θ share their uniforms (common random
+    numbers), unless each is given a ``stream`` of its own.
 
     Raises:
         InputError: lengths that differ, or a value that is negative, not finite or too large for int32.
     """
+    if arrays.on_device(value, doc_ids):
+        return arrays.draw_copies(value, doc_ids, seed, stream)
     values = np.asarray(value, dtype=np.float64)
-    if (bad := ~((values >= 0) & (values < np.iinfo(np.int32).max))).any():
+    if values.size and not (values.min() >= 0 and values.max() < np.iinfo(np.int32).max):
+        bad = values[~((values >= 0) & (values < np.iinfo(np.int32).max))]
         raise InputError(
-            f"value: {int(bad.sum())} are negative, not finite or above int32, first {values[bad].flat[0]}; give what "
-            f"sampling_value returns"
+            f"value: {bad.size} are negative, not finite or above int32, first {bad[0]}; give what sampling_value "
+            f"returns"
         )
-    u = uniform(doc_ids, seed)
-    if u.shape != values.shape:
-        raise InputError(f"value {values.shape} and doc_ids {u.shape} must be of one length")
-    whole = np.floor(values)
-    return (whole + (u < values - whole)).astype(np.int32)
+    hashes = stream_hash(hash64(doc_ids, seed), stream)
+    if hashes.shape != values.shape:
+        raise InputError(f"value {values.shape} and doc_ids {hashes.shape} must be of one length")
+    return draw_hashes(values, hashes)
+
+
+def draw_hashes(values: Array, hashes: Hashes) -> NDArray[np.int32]:
+    """``draw_copies`` by hashes that are there already."""
+    from quadmix_plugin.kernels import cpu
+
+    copies = np.empty(values.size, dtype=np.int32)
+    cpu.draw(values, hashes, copies)
+    return copies
 
 
 def count_copies(
@@ -71,81 +83,66 @@ def count_copies(
     doc_ids: DocIds,
     theta: Parameters,
     seed: int = 0,
-    method: Literal["exact"] = "exact",
+    method: Method = "histogram",
     ties: Ties = "paper",
+    bins: int = BINS,
+    subset_documents: int = 10_000,
+    subset_per_domain: bool = True,
+    thin: float = 1.0,
+    stream: int = 0,
 ) -> NDArray[np.int32]:
     """Eq. 1 to 3 and the draw in one call: the number of copies of every document under θ.
 
     Shapes: ``normalised`` [n, N] is σ(q), smaller = better; the others [n]. Returns int32 [n]. ``method``: how r̄ is
-    computed.
+    computed; ``histogram`` takes tokens to lie evenly within each of ``bins`` bins of a domain's q̄, ``subset`` ranks
+    against ``subset_documents`` of each domain or of the corpus (see ``rank_map``). ``thin``: factor on every S;
+    ``stream``: as in ``draw_copies``.
+
+    For many θ over one table, ``ScoreIndex`` is far faster.
 
     Raises:
         InputError: as ``merge_quality``, ``quality_rank`` and ``draw_copies``; an unknown ``method``.
     """
-    if method != "exact":
-        raise InputError(f"method={method!r}; this version computes ranks with 'exact' only")
-    merged = merge_quality(normalised, domain_ids, theta)
-    rank = quality_rank(merged, domain_ids, tokens, ties)
-    return draw_copies(sampling_value(rank, domain_ids, theta), doc_ids, seed)
+    if method not in ("histogram", "exact", "subset"):
+        raise InputError(f"method={method!r}; choose 'histogram', 'exact' or 'subset'")
+    if arrays.on_device(normalised, domain_ids, tokens, doc_ids):
+        return arrays.count_copies(
+            normalised, domain_ids, tokens, doc_ids, theta, seed, method, ties, bins, thin, stream
+        )  # fmt: skip
+    from quadmix_plugin.kernels import cpu
+
+    ids, weights = require_domain_ids(domain_ids, theta.n_domains), require_tokens(tokens)
+    merged = merge_quality(normalised, ids, theta)
+    hashes = hash64(doc_ids, seed)
+    require_one_length(normalised=merged, tokens=weights, doc_ids=hashes)
+    tie = tie_hash(hashes) if ties == "hash" else np.empty(0, dtype=np.uint64)
+    if method == "subset":
+        sample = RankSample.of(merged, ids, weights, hashes, subset_documents, subset_per_domain)
+        value = sampling_value(RankMap.of_sample(sample, ties).rank(merged, ids, tie), ids, theta)
+        return draw_hashes(value * thin, stream_hash(hashes, stream))
+    histogram = RankHistogram.of(merged, ids, weights, Grid(*cpu.reach(np.asarray(normalised), ids, theta.alpha), bins))
+    ranks = RankMap.of_histogram(histogram, ties)
+    if method == "exact":
+        ranks = exact_tail(ranks, histogram, merged, ids, weights, tie, theta)
+    copies = np.empty(ids.size, dtype=np.int32)
+    cpu.count(
+        merged, ids, stream_hash(hashes, stream), tie, ranks.arrays, ranks.cut(theta.omega), cpu.theta_of(theta, thin),
+        cpu.TIES[ties], copies,
+    )  # fmt: skip
+    return copies
 
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_SEED_STRIDE = 0xD1342543DE82EF95  # odd: distinct seeds give distant streams, seed 0 the plain hash
-_MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
-    """A 64-bit hash of every document id.
-
-    Integers: splitmix64 (Steele, Lea and Flood 2014) of id + seed·c with an odd c; with seed 0 the first output of
-    the generator seeded by the id. Strings: xxhash64 of the UTF-8 bytes with this seed. Returns uint64 [n].
-
-    Raises:
-        InputError: ids that are neither all integers nor all strings, or missing.
-    """
-    integers = _integer_ids(doc_ids)
-    if integers is not None:
-        with np.errstate(over="ignore"):
-            z = integers + np.uint64((int(seed) * _SEED_STRIDE + _GOLDEN) & _MASK)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            return z ^ (z >> np.uint64(31))
-    import xxhash
-
-    ids: Any = doc_ids
-    if isinstance(ids, pa.Array | pa.ChunkedArray):
-        ids = ids.to_pylist()
-    try:
-        digests = [xxhash.xxh64_intdigest(i.encode(), int(seed) & _MASK) for i in ids]
-    except (AttributeError, UnicodeEncodeError) as error:
-        bad = next(i for i in ids if not isinstance(i, str) or not _is_utf8(i))
-        raise InputError(f"doc_id {bad!r}: give all ids as integers or all as strings of valid Unicode") from error
-    return np.array(digests, dtype=np.uint64)
-
-
-def uniform(doc_ids: DocIds, seed: int = 0) -> Array:
-    """u = hash64(doc_id, seed) / 2^64 as float64 in [0, 1), from the upper 53 bits."""
-    return (hash64(doc_ids, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _integer_ids(doc_ids: Any) -> NDArray[np.uint64] | None:
-    if isinstance(doc_ids, pa.Array | pa.ChunkedArray):
-        if doc_ids.null_count:
-            raise InputError(f"doc_id: {doc_ids.null_count} missing; every document needs an id")
-        if not pa.types.is_integer(doc_ids.type):
-            return None
-        doc_ids = doc_ids.to_numpy()
-    elif isinstance(next(iter(doc_ids), None), str):
-        return None  # and no fixed-width array of strings, whose size is that of the longest id
-    array = np.asarray(doc_ids)
-    if array.size == 0:
-        return array.astype(np.uint64)
-    return array.astype(np.uint64) if array.dtype.kind in "iu" else None
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def exact_tail(
+    ranks: RankMap,
+    histogram: RankHistogram,
+    merged: Array,
+    ids: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    tie: Hashes,
+    theta: Parameters,
+) -> RankMap:
+    """``ranks`` made exact wherever r̄ <= ω is possible: only those documents are sorted."""
+    last = histogram.last_bins(theta.omega)
+    rows = histogram.grid.rows_upto(last, merged, ids)
+    tail = RankMap.exact(merged[rows], ids[rows], tokens[rows], ranks.ties, tie[rows] if tie.size else None)
+    return ranks.with_exact_tail(tail, last)

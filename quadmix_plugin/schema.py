@@ -16,6 +16,7 @@ TEXT = "text"
 DOMAIN = "domain"
 TOKENS = "tokens"
 SCORE_PREFIX = "score_"
+NORMALISED_PREFIX = "normalised_"
 MERGED_QUALITY = "merged_quality"
 QUALITY_RANK = "quality_rank"
 SAMPLING_VALUE = "sampling_value"
@@ -28,6 +29,11 @@ OTHER_DOMAIN = "other"
 def score_column(scorer: str) -> str:
     """The raw column of a scorer: ``score_<scorer>``."""
     return SCORE_PREFIX + scorer
+
+
+def normalised_column(scorer: str) -> str:
+    """The column with σ of a scorer: ``normalised_<scorer>``."""
+    return NORMALISED_PREFIX + scorer
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from quadmix_plugin.stages.count_tokens import CountTokens
     from quadmix_plugin.stages.domain_classify import DomainClassify
     from quadmix_plugin.stages.export_tokens import ExportTokens
-    from quadmix_plugin.stages.merge_rank import FitRank, MergeRank
+    from quadmix_plugin.stages.merge_rank import FitRank, FitTail, MergeRank
+    from quadmix_plugin.stages.normalise_scores import FitNormaliser, NormaliseScores
     from quadmix_plugin.stages.prepare_documents import PrepareDocuments
     from quadmix_plugin.stages.quality_score import QualityScore
     from quadmix_plugin.stages.shards import ReadShards, WriteShards
@@ -25,11 +26,14 @@ _HOME = {
     "DomainClassify": "domain_classify",
     "ExportTokens": "export_tokens",
     "MergeRank": "merge_rank",
+    "NormaliseScores": "normalise_scores",
     "PrepareDocuments": "prepare_documents",
     "QualityScore": "quality_score",
     "SigmoidSample": "sigmoid_sample",
     "TrainProxies": "train_proxies",
+    "FitNormaliser": "normalise_scores",
     "FitRank": "merge_rank",
+    "FitTail": "merge_rank",
     "ReadShards": "shards",
     "WriteShards": "shards",
 }
@@ -38,8 +42,11 @@ __all__ = [
     "CountTokens",
     "DomainClassify",
     "ExportTokens",
+    "FitNormaliser",
     "FitRank",
+    "FitTail",
     "MergeRank",
+    "NormaliseScores",
     "PrepareDocuments",
     "QualityScore",
     "ReadShards",

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.hashing import DocIds, hash64, uniform
 from quadmix_plugin.megatron import write_documents
 from quadmix_plugin.proxy.pool import TokenPool
-from quadmix_plugin.sampling import DocIds, hash64
 from quadmix_plugin.schema import DOC_ID, TEXT
 from quadmix_plugin.stages.labelling import read_texts
 from quadmix_plugin.store import Entry, Step
@@ -44,6 +44,8 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
         eod: the token that ends every document.
         folder: folder of the files in the run directory.
         selection: ids of the documents to write; None writes all.
+        kept: a step with ``<kept>/<shard>.parquet``, whose ids alone are written.
+        below, seed: write only documents whose u (``hashing.uniform``) is below this.
         text_field: column with the text.
 
     Raises:
@@ -56,6 +58,9 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
     eod: str = "<|endoftext|>"
     folder: str = "proxies/pool"
     selection: pa.Array | None = None
+    kept: Step | None = None
+    below: float = 1.0
+    seed: int = 0
     text_field: str = TEXT
     name: str = "export_tokens"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
@@ -71,7 +76,8 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def inputs(self) -> tuple[list[str], list[str]]:
         """The text, and the id where a selection is made."""
-        return ["data"], [self.text_field] + ([] if self.selection is None else [DOC_ID])
+        chooses = self.selection is not None or self.kept is not None or self.below < 1
+        return ["data"], [self.text_field, *([DOC_ID] if chooses else [])]
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """The shard's name and counts."""
@@ -108,10 +114,7 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _write(self, task: DocumentBatch, prefix: str) -> dict[str, Any]:
         self.setup()
-        texts = [models.encodable(text) for text in read_texts(task, self.text_field)]
-        if self.selection is not None:
-            ids = task.to_pyarrow()[DOC_ID].to_pylist()
-            texts = [text for text, doc_id in zip(texts, ids, strict=True) if doc_id in self._chosen]
+        texts = self._texts(task)
         encodings = self._loaded.encode_batch_fast(texts, add_special_tokens=False)
         documents = [ids for encoding in encodings if (ids := encoding.ids)]
         eod = end_of_document(self._loaded, self.eod, self.tokenizer)
@@ -119,6 +122,21 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
         with self.step.writing(f"{prefix}.bin", f"{prefix}.idx", **facts) as (bin_path, idx_path):
             write_documents(documents, bin_path, idx_path, vocabulary_of(self._loaded), eod)
         return facts
+
+    def _texts(self, task: DocumentBatch) -> list[str]:
+        """The texts of the documents that are to be written."""
+        texts = [models.encodable(text) for text in read_texts(task, self.text_field)]
+        if DOC_ID not in self.inputs()[1]:
+            return texts
+        column = task.to_pyarrow()[DOC_ID]
+        ids, chosen = column.to_pylist(), uniform(column, self.seed) < self.below
+        if self.selection is not None:
+            chosen &= np.fromiter((doc_id in self._chosen for doc_id in ids), bool, len(ids))
+        if self.kept is not None:
+            rows = self.kept.read_table(f"{self.kept.name}/{task._metadata['shard']}.parquet", [DOC_ID])
+            kept = set(rows[DOC_ID].to_pylist())
+            chosen &= np.fromiter((doc_id in kept for doc_id in ids), bool, len(ids))
+        return [text for text, take in zip(texts, chosen, strict=True) if take]
 
 
 def end_of_document(tokenizer: Any, eod: str, place: str) -> int:

@@ -11,7 +11,8 @@ from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.sampling import draw_copies, sampling_value
 from quadmix_plugin.schema import COPIES, DOC_ID, DOMAIN, QUALITY_RANK, SAMPLING_VALUE
 from quadmix_plugin.stages.labelling import with_column
-from quadmix_plugin.stages.merge_rank import domain_ids, load_theta
+from quadmix_plugin.stages.merge_rank import load_theta
+from quadmix_plugin.stages.score_columns import arrow, domain_ids, read_numbers
 
 
 @dataclass
@@ -48,9 +49,9 @@ class SigmoidSample(ProcessingStage[DocumentBatch, DocumentBatch]):
     def process(self, task: DocumentBatch) -> DocumentBatch:
         """Adds the two columns to one batch."""
         assert isinstance(self.theta, Parameters)  # noqa: S101 - set in __post_init__
-        table = task.to_pyarrow()
+        table = arrow(task)
         ids = domain_ids(table, self.theta)
-        value = sampling_value(table[QUALITY_RANK].to_numpy(), ids, self.theta)
+        value = sampling_value(read_numbers(table, QUALITY_RANK), ids, self.theta)
         copies = draw_copies(value, table[self.id_field], self.seed)
         sampled = with_column(task, SAMPLING_VALUE, value, pa.float64())
         sampled = with_column(sampled, COPIES, copies, pa.int32())

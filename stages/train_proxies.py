@@ -23,16 +23,39 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, QuadmixError, StorageError
+from quadmix_plugin.hashing import uniform
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.validation import ValidationSet, load_validation_sets
-from quadmix_plugin.ranking import Ties
+from quadmix_plugin.rank_map import Method, Ties
+from quadmix_plugin.rank_states import BINS
 from quadmix_plugin.sampling import count_copies
 from quadmix_plugin.schema import DOC_ID, TOKENS, ScoreTable
+from quadmix_plugin.score_index import ScoreIndex
 from quadmix_plugin.store import Step
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a proxy's documents are chosen from the table.
+
+    ``method``, ``ties``, ``bins``, ``subset_documents``, ``subset_per_domain``: how r̄ is computed; ``seed``: of the
+    draw; ``independent``: θ do not share their uniforms; ``thin``: factor on every S; ``below``: the pool has the
+    documents whose u is below it.
+    """
+
+    method: Method = "histogram"
+    ties: Ties = "paper"
+    bins: int = BINS
+    subset_documents: int = 10_000
+    subset_per_domain: bool = True
+    seed: int = 0
+    independent: bool = False
+    thin: float = 1.0
+    below: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +76,14 @@ class ProxyTable:
     def of(cls, table: ScoreTable, normalised: NDArray[np.float32]) -> Self:
         """From the score table of a corpus and σ of its scores."""
         return cls(table.doc_ids, table.domain_ids, table.tokens, normalised, table.domains, table.scorers)
+
+    def index(self, draws: Draws) -> ScoreIndex | None:
+        """The table laid out for many θ; None where ranks are of a subset, which an index does not know."""
+        if draws.method == "subset":
+            return None
+        return ScoreIndex.of(
+            self.normalised, self.domain_ids, self.tokens, self.doc_ids, draws.seed, draws.bins, len(self.domains)
+        )
 
     def to_arrow(self) -> pa.Table:
         """One column each, names in the schema's metadata; write it as ``proxies/table.parquet``."""
@@ -82,8 +113,8 @@ class ProxyTable:
 class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Trains one proxy per row of ``proxy``, ``kind``, ``seed``, ``theta`` and writes ``proxies/parts/<proxy>.json``.
 
-    All proxies share the draw of copies (``draw_seed``) and the initial weights (``weights_seed``); the row's seed
-    orders the data. Passes on one row per proxy with its losses.
+    All proxies share the draw of copies, unless ``draws`` says otherwise, and the initial weights (``weights_seed``);
+    the row's seed orders the data. Passes on one row per proxy with its losses.
 
     Args:
         step: where the results are entered.
@@ -93,7 +124,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         tokens: training tokens of each proxy.
         vocabulary: number of ids.
         trainer: a name of the group ``trainers``, with ``options``.
-        ties: as in ``quality_rank``.
+        draws: how the documents of a θ are drawn.
     """
 
     step: Step
@@ -104,8 +135,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     vocabulary: int
     trainer: str = "torch"
     options: dict[str, Any] = field(default_factory=dict)
-    ties: Ties = "paper"
-    draw_seed: int = 0
+    draws: Draws = field(default_factory=Draws)
     weights_seed: int = 0
     name: str = "train_proxies"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
@@ -155,15 +185,14 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     def _train(self, work: dict[str, Any]) -> dict[str, Any]:
         self.setup()
         assert self._data is not None  # noqa: S101 - set in setup
-        table, pool, trainer = self._data.table, self._data.pool, self._data.trainer
+        table, pool, trainer, in_pool = self._data.table, self._data.pool, self._data.trainer, self._data.in_pool
         theta = Parameters.from_vector(work["theta"], len(table.scorers), table.domains, table.scorers)
-        copies = count_copies(
-            table.normalised, table.domain_ids, table.tokens, table.doc_ids, theta, self.draw_seed, ties=self.ties
-        )
+        copies = self._data.copies(theta, work["proxy"] if work["kind"] == "draw" else 0)
         started = time.perf_counter()
         try:
+            domains = table.domain_ids[in_pool]
             pieces = pool.pieces(
-                copies, table.domain_ids, trainer.context, self.tokens, work["seed"], trainer.batch_size
+                copies[in_pool], domains, trainer.context, self.tokens, work["seed"], trainer.batch_size
             )
             sets = self._data.sets
             result = trainer.train(pieces.tokens, sets, seed=self.weights_seed, vocabulary=self.vocabulary)
@@ -195,18 +224,46 @@ class _Data:
     pool: TokenPool
     sets: list[ValidationSet]
     trainer: Any
+    draws: Draws
+    in_pool: NDArray[np.bool_]
+    index: ScoreIndex | None
 
     @classmethod
     def open(cls, stage: TrainProxies) -> Self:
-        table, pool = ProxyTable.load(stage.table), TokenPool.open(stage.pool)
-        if table.tokens.shape != pool.lengths.shape or (table.tokens + 1 != pool.lengths).any():
+        table, pool, draws = ProxyTable.load(stage.table), TokenPool.open(stage.pool), stage.draws
+        in_pool = uniform(table.doc_ids, draws.seed) < draws.below
+        tokens = table.tokens[in_pool]
+        if tokens.shape != pool.lengths.shape or (tokens + 1 != pool.lengths).any():
             raise InputError(
-                f"{stage.table}: {table.tokens.size} documents with {int(table.tokens.sum())} tokens, the pool has "
+                f"{stage.table}: {tokens.size} documents with {int(tokens.sum())} tokens, the pool has "
                 f"{pool.n_documents} with {int(pool.lengths.sum()) - pool.n_documents}; label and export with one "
                 f"tokenizer"
             )
         sets = load_validation_sets(stage.validation, "search")
-        return cls(table, pool, sets, registry.create("trainers", stage.trainer, stage.options, "proxy.options"))
+        trainer = registry.create("trainers", stage.trainer, stage.options, "proxy.options")
+        return cls(table, pool, sets, trainer, draws, in_pool, table.index(draws))
+
+    def copies(self, theta: Parameters, stream: int) -> NDArray[np.int32]:
+        """The copies of every document of the table under θ."""
+        draws, table = self.draws, self.table
+        stream = stream if draws.independent else 0
+        if self.index is not None and draws.method != "subset":
+            chosen = self.index.select(theta, draws.method, draws.ties, draws.thin, stream)
+            return chosen.by_row(table.tokens.size)
+        return count_copies(
+            table.normalised,
+            table.domain_ids,
+            table.tokens,
+            table.doc_ids,
+            theta,
+            draws.seed,
+            "subset",
+            draws.ties,
+            subset_documents=draws.subset_documents,
+            subset_per_domain=draws.subset_per_domain,
+            thin=draws.thin,
+            stream=stream,
+        )
 
 
 def trainer_resources(trainer: str, options: dict[str, Any]) -> Resources:

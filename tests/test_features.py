@@ -62,16 +62,14 @@ def cases(draw):
     if draw(st.booleans()) and n_scorers > 1:  # a scorer left out
         vectors[:, : n_domains * n_scorers] = np.tile([1.0] + [0.0] * (n_scorers - 1), n_domains)
     table = make_table(domain_ids, tokens, n_domains, n_scorers)
-    return table, normalised, vectors, draw(st.sampled_from([1, 50, 1 << 16]))
+    return table, normalised, vectors
 
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_statistics_equal_the_loop_over_eq_1_to_3(case):
-    table, normalised, vectors, block = case
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BLOCK", block)
-        fast = selection_statistics(table, normalised, vectors)
+    table, normalised, vectors = case
+    fast = selection_statistics(table, normalised, vectors)
     for t, vector in enumerate(vectors):
         theta = Parameters.from_vector(vector, len(table.scorers), table.domains, table.scorers)
         tokens, score, copies = loop(table, normalised, theta)

@@ -1,5 +1,6 @@
 """MergeRank and SigmoidSample: the same documents and copies however the corpus is cut and whatever the executor."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from nemo_curator.pipeline import Pipeline
 from nemo_curator.tasks import DocumentBatch
 
-from quadmix_plugin import count_copies, sample_parameters
+from quadmix_plugin import count_copies, merge_quality, sample_parameters
+from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.executors import DaskExecutor, InlineExecutor
+from quadmix_plugin.executors import DaskExecutor, InlineExecutor, make_executor
 from quadmix_plugin.normalisation import Normaliser
-from quadmix_plugin.parameters import Parameters
-from quadmix_plugin.ranking import RankMap
+from quadmix_plugin.parameters import Parameters, ParameterSpace
+from quadmix_plugin.pipelines.rank import FitRankMap
+from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.schema import ScoreTable
 from quadmix_plugin.stages import FitRank, MergeRank, SigmoidSample
 
@@ -31,7 +34,7 @@ def _labels() -> pa.Table:
         "domain": np.array(DOMAINS)[rng.integers(0, 3, N)],
         "tokens": rng.integers(1, 700, N),
         "score_edu": rng.normal(size=N).astype(np.float32).round(2),
-        "score_prose": rng.random(N).astype(np.float32).round(2),
+        "score_prose": rng.random(N).astype(np.float32).round(1),
     }
     return pa.table(columns)
 
@@ -39,7 +42,8 @@ def _labels() -> pa.Table:
 LABELS = _labels()
 TABLE = ScoreTable.from_labels(LABELS, SCORERS)
 NORMALISER = Normaliser.fit(TABLE, dict.fromkeys(SCORERS, True))
-THETA = sample_parameters(1, 2, 3, seed=4, domains=DOMAINS, scorers=SCORERS)[0]
+WIDE = ParameterSpace(omega_max=0.6)
+THETA = sample_parameters(1, 2, 3, seed=4, space=WIDE, domains=DOMAINS, scorers=SCORERS)[0]
 
 
 def _batches(parts: int, as_pandas: bool = False) -> list:
@@ -51,47 +55,142 @@ def _batches(parts: int, as_pandas: bool = False) -> list:
     return batches
 
 
-def _select(executor, batches: list) -> dict[str, int]:
-    states = Pipeline("fit", stages=[FitRank(theta=THETA, normaliser=NORMALISER)]).run(executor, initial_tasks=batches)
-    rank_map = RankMap.merge(RankMap.from_table(state.to_pyarrow()) for state in states)
-    stages = [MergeRank(theta=THETA, normaliser=NORMALISER, rank_map=rank_map), SigmoidSample(theta=THETA, seed=9)]
+SIGMA = NORMALISER.apply(TABLE.scores)
+SUMMARY = DomainSummary.of(TABLE, SIGMA)
+METHODS = [
+    ("histogram", "paper"),
+    ("histogram", "hash"),
+    ("exact", "paper"),
+    ("exact", "mid"),
+    ("exact", "hash"),
+    ("subset", "paper"),
+]
+
+
+def _fit(method: str, ties: str, **more) -> FitRankMap:
+    return FitRankMap(
+        read=[], theta=THETA, normaliser=NORMALISER, method=method, ties=ties, summary=SUMMARY, bins=64, documents=300,
+        seed=9, **more,
+    )  # fmt: skip
+
+
+def _select(executor, batches: list, method: str = "histogram", ties: str = "paper") -> dict[str, int]:
+    rank_map = _fit(method, ties, tasks_per_pass=10).run(executor, batches).get_metadata("rank_map")
+    merge = MergeRank(theta=THETA, normaliser=NORMALISER, rank_map=rank_map, seed=9)
+    stages = [merge, SigmoidSample(theta=THETA, seed=9)]
     tasks = Pipeline("sample", stages=stages).run(executor, initial_tasks=batches)
     copies: dict[str, int] = {}
     for task in tasks:
         table = task.to_pyarrow()
         copies |= dict(zip(table["doc_id"].to_pylist(), table["copies"].to_pylist(), strict=True))
+    assert len(copies) == N
     return copies
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, int]:
+@functools.cache
+def _expected(method: str = "histogram", ties: str = "paper") -> dict[str, int]:
     """One call of the pure functions over the whole corpus."""
-    scores = NORMALISER.apply(TABLE.scores)
-    copies = count_copies(scores, TABLE.domain_ids, TABLE.tokens, TABLE.doc_ids, THETA, seed=9)
+    copies = count_copies(
+        SIGMA, TABLE.domain_ids, TABLE.tokens, TABLE.doc_ids, THETA, 9, method, ties, bins=64, subset_documents=300
+    )  # fmt: skip
     assert 0 < (copies > 0).sum() < N
     return dict(zip(TABLE.doc_ids.to_pylist(), copies.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("as_pandas", [False, True])
+@pytest.mark.parametrize(("method", "ties"), METHODS)
 @pytest.mark.parametrize("parts", [1, 7, 64])
-def test_same_selection_for_any_partitioning(parts: int, as_pandas: bool, expected: dict[str, int]) -> None:
-    assert _select(InlineExecutor(), _batches(parts, as_pandas)) == expected
+def test_same_selection_for_any_partitioning(parts: int, method: str, ties: str) -> None:
+    assert _select(InlineExecutor(), _batches(parts, as_pandas=parts == 7), method, ties) == _expected(method, ties)
 
 
-def test_same_selection_inline_and_on_dask(expected: dict[str, int]) -> None:
-    with DaskExecutor(n_workers=2) as executor:
-        assert _select(executor, _batches(7)) == expected
+def test_methods_and_ties_differ_so_that_the_test_above_tells_them_apart() -> None:
+    assert len({tuple(_expected(*each).values()) for each in METHODS}) == len(METHODS)
 
 
-def test_stages_take_the_files_of_a_run(tmp_path: Path, expected: dict[str, int]) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_selection_inline_and_on_dask(workers: int) -> None:
+    with DaskExecutor(n_workers=workers) as executor:
+        for method, ties in METHODS:
+            assert _select(executor, _batches(7), method, ties) == _expected(method, ties)
+
+
+@pytest.mark.slow
+def test_same_selection_on_ray_data_and_eight_dask_workers() -> None:
+    with DaskExecutor(n_workers=8, memory_limit="700MB") as executor:
+        assert _select(executor, _batches(16)) == _expected()
+    assert _select(make_executor("ray_data"), _batches(7)) == _expected()
+
+
+def test_states_of_several_batches_are_the_sum_of_theirs() -> None:
+    one = FitRank(theta=THETA, normaliser=NORMALISER, summary=SUMMARY, batch_size=3)
+    together = one.process_batch(_batches(3))
+    assert len(together) == 1
+    apart = [one.process(batch).to_pyarrow() for batch in _batches(3)]
+    whole = RankMap.of_states([together[0].to_pyarrow()])
+    assert whole.to_table().equals(RankMap.of_states(apart).to_table(), check_metadata=True)
+
+
+def test_without_a_summary_bins_lie_over_the_range_of_sigma() -> None:
+    state = FitRank(theta=THETA, normaliser=NORMALISER, bins=512).process(_batches(1)[0]).to_pyarrow()
+    grid = RankMap.of_states([state]).grid
+    assert grid.low.min() >= 0
+    assert grid.high.max() <= 1
+    with pytest.raises(InputError, match="without a normaliser the histogram needs summary="):
+        FitRank(theta=THETA)
+
+
+def test_normalised_columns_take_the_place_of_the_normaliser() -> None:
+    table = LABELS
+    for n, scorer in enumerate(SCORERS):
+        table = table.append_column(f"normalised_{scorer}", pa.array(SIGMA[:, n]))
+    fit = FitRank(theta=THETA, summary=SUMMARY, bins=64)
+    assert fit.inputs()[1] == ["domain", "tokens", "normalised_edu", "normalised_prose"]
+    batch = DocumentBatch(dataset_name="x", data=table.drop_columns(["score_edu", "score_prose"]))
+    rank_map = RankMap.of_states([fit.process(batch).to_pyarrow()])
+    out = (
+        SigmoidSample(theta=THETA, seed=9)
+        .process(MergeRank(theta=THETA, rank_map=rank_map).process(batch))
+        .to_pyarrow()
+    )
+    assert dict(zip(out["doc_id"].to_pylist(), out["copies"].to_pylist(), strict=True)) == _expected()
+    np.testing.assert_array_equal(out["merged_quality"].to_numpy(), merge_quality(SIGMA, TABLE.domain_ids, THETA))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "says"),
+    [
+        ("score_edu", [None, *[1.0] * (N - 1)], r"column 'score_edu' is missing in 1 rows, first \[0\]; label these"),
+        ("score_edu", ["x"] * N, "column 'score_edu' is of type string; give numbers"),
+        ("score_edu", [1.0] * (N - 1) + [float("nan")], "score_edu"),
+        ("score_edu", [1.0] * (N - 1) + [float("inf")], "score_edu"),
+        ("tokens", [None, *[5] * (N - 1)], r"column 'tokens' is missing in 1 rows, first \[0\]"),
+        ("tokens", [1.5] * N, "column 'tokens' is of type double; give integers"),
+        ("tokens", [0, *[5] * (N - 1)], "tokens: 1 documents have 0 tokens; drop empty documents first"),
+        ("domain", [None, *["News"] * (N - 1)], r"column 'domain' is missing in 1 rows, first \[0\]"),
+    ],
+)
+def test_bad_columns_are_named_with_the_remedy(column: str, values: list, says: str) -> None:
+    table = LABELS.set_column(LABELS.column_names.index(column), column, pa.array(values))
+    with pytest.raises(InputError, match=says):
+        FitRank(theta=THETA, normaliser=NORMALISER).process(DocumentBatch(dataset_name="x", data=table))
+
+
+def test_empty_batches_are_no_documents() -> None:
+    empty = DocumentBatch(dataset_name="x", data=LABELS.slice(0, 0))
+    batches = [empty, *_batches(2), empty]
+    for method, ties in METHODS:
+        assert _select(InlineExecutor(), batches, method, ties) == _expected(method, ties)
+
+
+def test_stages_take_the_files_of_a_run(tmp_path: Path) -> None:
     THETA.save(tmp_path / "theta.json")
     (tmp_path / "normaliser.json").write_text(json.dumps(NORMALISER.to_dict()))
     theta, normaliser = str(tmp_path / "theta.json"), str(tmp_path / "normaliser.json")
-    state = FitRank(theta=theta, normaliser=normaliser).process(_batches(1)[0]).to_pyarrow()
-    pq.write_table(state, tmp_path / "rank_map.parquet")
+    state = FitRank(theta=theta, normaliser=normaliser, summary=SUMMARY, bins=64).process(_batches(1)[0]).to_pyarrow()
+    pq.write_table(RankMap.of_states([state]).to_table(), tmp_path / "rank_map.parquet")
     merge = MergeRank(theta=theta, normaliser=normaliser, rank_map=str(tmp_path / "rank_map.parquet"))
     out = SigmoidSample(theta=theta, seed=9).process(merge.process(_batches(1)[0])).to_pyarrow()
-    assert dict(zip(out["doc_id"].to_pylist(), out["copies"].to_pylist(), strict=True)) == expected
+    assert dict(zip(out["doc_id"].to_pylist(), out["copies"].to_pylist(), strict=True)) == _expected()
 
 
 @pytest.mark.parametrize("as_pandas", [False, True])
@@ -113,7 +212,7 @@ def test_frames_keep_their_kind_and_metadata() -> None:
     batch = _batches(1, as_pandas=True)[0]
     batch._metadata["shard"] = "s"
     state = FitRank(theta=THETA, normaliser=NORMALISER).process(batch).to_pyarrow()
-    out = MergeRank(theta=THETA, normaliser=NORMALISER, rank_map=RankMap.from_table(state)).process(batch)
+    out = MergeRank(theta=THETA, normaliser=NORMALISER, rank_map=RankMap.of_states([state])).process(batch)
     assert isinstance(out.data, pd.DataFrame)
     assert out._metadata == {"shard": "s"}
 

@@ -22,6 +22,7 @@ from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.pipelines.context import STEPS, Run, open_run
 from quadmix_plugin.pipelines.label import label
+from quadmix_plugin.pipelines.normalise import normalise
 from quadmix_plugin.pipelines.proxies import _finish, pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps
 from quadmix_plugin.pipelines.search import search
@@ -58,7 +59,7 @@ def _results(out: Path) -> dict[str, bytes]:
 
 def test_run_leaves_every_artifact_and_verifies(finished: Path) -> None:
     names = (
-        "recipe.yaml provenance.json report.html normalise/normaliser.json proxies/losses.parquet "
+        "recipe.yaml provenance.json report.html normalise/normaliser.json normalise/domains.json proxies/losses.parquet "
         "proxies/curves.parquet "
         "proxies/noise.json search/theta.json search/metrics.json search/predictions.parquet search/regressor.txt "
         "selection/theta.json selection/rank_map.parquet selection/baselines.parquet selection/summary.json "
@@ -241,6 +242,7 @@ def test_columns_that_are_called_like_ours_and_uneven_json_lines_are_read_as_the
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with open_run(load_recipe(recipe), tmp_path / "out") as run:
         label(run)
+        normalise(run)
         table = run.table
     assert table.doc_ids.to_pylist() == [row["doc_id"] for row in rows]
     assert [table.domains[m] for m in table.domain_ids] == [row["domain"] for row in rows]
@@ -254,6 +256,7 @@ def test_pool_goes_on_after_a_kill_between_the_two_entries_of_a_pair(tmp_path: P
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
     with open_run(load_recipe(recipe), tmp_path / "out") as run:
         label(run)
+        normalise(run)
         step = run.step("proxies")
         write_pool(run, step)
         whole = pool_prefixes(run)

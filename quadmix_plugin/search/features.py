@@ -11,12 +11,11 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
-from quadmix_plugin.ranking import require_finite
 from quadmix_plugin.schema import ScoreTable
+from quadmix_plugin.score_index import ScoreIndex
 
 Array = NDArray[np.float64]
 Kind = Literal["theta", "theta+derived"]
@@ -26,7 +25,6 @@ Thetas = Sequence[Parameters] | Array
 SIZE = "log_selected_tokens"
 """The derived feature that is 0 where at most one token is selected."""
 
-_BLOCK = 1 << 16  # θ × documents at once: half a megabyte, which stays in the cache
 _LAM_FLOOR = 1e-6
 
 
@@ -49,7 +47,7 @@ class SelectionStatistics:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """Features of any θ over one corpus, which is checked and cut into domains once.
+    """Features of any θ over one corpus, which is checked and laid out once.
 
     Raises:
         InputError: from ``of``: σ(q) whose shape does not fit the table or that is not finite; from the methods: θ of
@@ -59,23 +57,21 @@ class FeatureMap:
     kind: Kind
     domains: tuple[str, ...]
     scorers: tuple[str, ...]
-    pools: tuple["_Pool", ...]
+    index: ScoreIndex
 
     @classmethod
     def of(cls, table: ScoreTable, normalised: ArrayLike, kind: Kind = "theta+derived") -> Self:
         """The map over this table; ``normalised`` [n, N] is σ(q), smaller = better."""
         if kind not in ("theta", "theta+derived"):
             raise InputError(f"features: {kind!r}; choose 'theta' or 'theta+derived'")
-        scores = np.asarray(normalised, dtype=np.float64)
+        scores = np.asarray(normalised, dtype=np.float32)
         if scores.shape != (table.n, len(table.scorers)) or table.n == 0:
             raise InputError(
                 f"normalised: shape {scores.shape}; give one row for each of the {table.n} documents and one column "
                 f"for each of the scorers {', '.join(table.scorers)}"
             )
-        require_finite(scores.sum(axis=1), "normalised")
-        rows = [np.flatnonzero(table.domain_ids == m) for m in range(len(table.domains))]
-        pools = tuple(_Pool(np.ascontiguousarray(scores[r].T), table.tokens[r]) for r in rows)
-        return cls(kind, table.domains, table.scorers, pools)
+        index = ScoreIndex.of(scores, table.domain_ids, table.tokens, table.doc_ids, n_domains=len(table.domains))
+        return cls(kind, table.domains, table.scorers, index)
 
     @property
     def width(self) -> int:
@@ -88,18 +84,13 @@ class FeatureMap:
         n_domains, n_scorers = len(self.domains), len(self.scorers)
         alpha = vectors[:, : n_domains * n_scorers].reshape(-1, n_domains, n_scorers)
         rest = vectors[:, n_domains * n_scorers :].reshape(-1, 4, n_domains)
-        tokens = np.zeros((len(vectors), n_domains))
-        scores = np.zeros((len(vectors), n_scorers))
-        copies = np.zeros(len(vectors))
-        for m, pool in enumerate(self.pools):
-            tokens[:, m], of_scores, of_copies = pool.select(alpha[:, m], *rest[:, :, m].T)
-            scores += of_scores
-            copies += of_copies
-        selected = tokens.sum(axis=1)
-        corpus = np.sum([pool.scores @ pool.tokens for pool in self.pools], axis=0) / self._corpus_tokens
+        lam, omega, eta, epsilon = (np.ascontiguousarray(rest[:, i]) for i in range(4))
+        tokens, scores, copies = self.index.expect(np.ascontiguousarray(alpha), lam, omega, eta, epsilon)
+        selected, totals = tokens.sum(axis=1), self.index.totals
+        corpus = self.index.token_scores.sum(axis=0) / totals.tokens.sum()
         empty = selected <= 0
         mean = np.where(empty[:, None], corpus, scores / np.where(empty, 1.0, selected)[:, None])
-        documents = sum(pool.tokens.size for pool in self.pools)
+        documents = totals.documents.sum()
         return SelectionStatistics(self.domains, self.scorers, tokens, selected, mean, copies / documents)
 
     def names(self) -> list[str]:
@@ -137,10 +128,6 @@ class FeatureMap:
     def parameters(self, vector: ArrayLike) -> Parameters:
         """One row of ``vectors`` as named parameters."""
         return Parameters.from_vector(vector, len(self.scorers), self.domains, self.scorers)
-
-    @property
-    def _corpus_tokens(self) -> int:
-        return sum(int(pool.tokens.sum()) for pool in self.pools)
 
     def _like(self) -> Parameters:
         n_domains, n_scorers = len(self.domains), len(self.scorers)
@@ -195,58 +182,6 @@ def features(
     """
     columns = FeatureMap.of(table, normalised, kind)
     return columns.features(thetas), columns.names()
-
-
-@dataclass(frozen=True, eq=False)
-class _Pool:
-    """The documents of one domain: ``scores`` [N, n] float64, σ(q); ``tokens`` [n] int64."""
-
-    scores: Array
-    tokens: NDArray[np.int64]
-
-    def select(self, alpha: Array, lam: Array, omega: Array, eta: Array, epsilon: Array) -> tuple[Array, Array, Array]:
-        """Σ tokens·S [T], Σ tokens·S·σ(q) [T, N] and Σ S [T] for parameters [T] of this domain, ``alpha`` [T, N]."""
-        tokens, copies = np.zeros(omega.size), np.zeros(omega.size)
-        scores = np.zeros((omega.size, len(self.scores)))
-        if self.tokens.size:
-            # Only documents inside the window need their rank. θ of similar ω together keep the window short.
-            lightest = np.cumsum(np.sort(self.tokens)) / self.tokens.sum()
-            order = np.argsort(omega, kind="stable")
-            step = max(1, _BLOCK // self.tokens.size)
-            for rows in (order[start : start + step] for start in range(0, omega.size, step)):
-                widest = int(np.searchsorted(lightest, omega[rows[-1]], side="right")) + 1
-                best, rank = self._window(alpha[rows], widest)
-                inside = rank <= omega[rows, None]
-                i = np.nonzero(inside)[0]
-                value = np.zeros(rank.shape)  # Eq. 3 without ε
-                value[inside] = (2.0 * expit(lam[rows][i] * (omega[rows][i] - rank[inside]))) ** eta[rows][i]
-                copies[rows] = value.sum(axis=1)
-                value *= self.tokens[best]
-                tokens[rows] = value.sum(axis=1)
-                for n, column in enumerate(self.scores):
-                    scores[rows, n] = np.einsum("ij,ij->i", value, column[best])
-        tokens += epsilon * self.tokens.sum()
-        copies += epsilon * self.tokens.size
-        scores += epsilon[:, None] * (self.scores @ self.tokens)
-        return tokens, scores, copies
-
-    def _window(self, alpha: Array, width: int) -> tuple[NDArray[np.intp], Array]:
-        """The first ``width`` documents by q̄ and their r̄, each [T, width]; beyond it no document has r̄ <= ω.
-
-        ``width`` exceeds by one the number of documents that fit into the share ω even if the lightest came first, so
-        the last one here is outside the window, and so is a tie group that reaches it.
-        """
-        merged = np.multiply.outer(alpha[:, 0], self.scores[0])  # Eq. 1, in the order of ``merge_quality``
-        for n in range(1, len(self.scores)):
-            merged += np.multiply.outer(alpha[:, n], self.scores[n])
-        best = np.argsort(merged, axis=1)[:, :width]
-        mass = np.cumsum(self.tokens[best], axis=1)
-        quality = np.take_along_axis(merged, best, axis=1)
-        tied = quality[:, :-1] == quality[:, 1:]
-        if tied.any():  # Eq. 2 counts the whole tie group: take the mass at its end
-            mass[:, :-1][tied] = np.iinfo(np.int64).max
-            mass = np.minimum.accumulate(mass[:, ::-1], axis=1)[:, ::-1]
-        return best, mass / self.tokens.sum()
 
 
 def _theta_columns(vectors: Array, n_domains: int) -> Array:

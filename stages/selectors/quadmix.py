@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.budget import scale_to_budget
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.ranking import Ties, merge_quality, quality_rank
+from quadmix_plugin.hashing import hash64, tie_hash
+from quadmix_plugin.rank_map import RankMap, Ties
+from quadmix_plugin.ranking import merge_quality
 from quadmix_plugin.sampling import draw_copies, sampling_value
 from quadmix_plugin.schema import ScoreTable
 from quadmix_plugin.stages.merge_rank import load_theta
@@ -38,8 +40,9 @@ class QuaDMix:
         theta = load_theta(self.theta)
         if theta.domains != table.domains or theta.scorers != table.scorers:
             raise InputError(f"{self.theta}: made for other domains or scorers; use the theta.json of this corpus")
-        rank = quality_rank(
-            merge_quality(normalised, table.domain_ids, theta), table.domain_ids, table.tokens, self.ties
-        )
-        budget = scale_to_budget(theta, rank, table.domain_ids, table.tokens, budget_tokens)
+        merged = merge_quality(normalised, table.domain_ids, theta)
+        hashes = tie_hash(hash64(table.doc_ids, seed)) if self.ties == "hash" else None
+        ranks = RankMap.exact(merged, table.domain_ids, table.tokens, self.ties, hashes)
+        budget = scale_to_budget(theta, ranks, budget_tokens)
+        rank = ranks.rank(merged, table.domain_ids, hashes)
         return draw_copies(sampling_value(rank, table.domain_ids, budget.theta), table.doc_ids, seed)
