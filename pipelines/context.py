@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "report")
 
 _SECTIONS: dict[str, tuple[str, ...]] = {
-    "label": ("tokenizer", "domain", "scorers"),
+    "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
     "normalise": ("normalise", "small_domains"),
     "proxies": ("seed", "space", "validation", "proxy", "ranks"),
     "search": ("search",),
@@ -90,6 +90,7 @@ class Run:
     def keys(self) -> dict[str, str]:
         """The key of every step."""
         content = self.recipe.model_dump(mode="json")
+        content["invalid_scores"] = content["normalise"]["invalid_scores"]
         content["small_domains"] = content["rank"].pop("merge_small_domains")
         content["ranks"] = {key: value for key, value in content["rank"].items() if key != "frozen"}
         corpus = {k: v for k, v in content["corpus"].items() if k != "path"}

@@ -59,7 +59,15 @@ def label_stages(run: Run) -> list[ProcessingStage]:
     ]
     for name, given in recipe.scorers.items():
         plugin, rest = scorer_plugin(name, given)
-        stages.append(QualityScore(scorer=plugin, options=rest, column=score_column(name), device=device))
+        stages.append(
+            QualityScore(
+                scorer=plugin,
+                options=rest,
+                column=score_column(name),
+                device=device,
+                invalid_scores=recipe.normalise.invalid_scores,
+            )
+        )
     stages.append(CountTokens(tokenizer=recipe.tokenizer.model, revision=recipe.tokenizer.revision))
     return stages
 

@@ -58,9 +58,7 @@ def _check_given_parameters(run: Run) -> None:
     path, rank = run.recipe.select.theta, run.recipe.rank
     if path is None:
         if rank.frozen:
-            raise RecipeError(
-                "rank.frozen: ranks of an earlier run belong to its parameters; give select.theta too"
-            )
+            raise RecipeError("rank.frozen: ranks of an earlier run belong to its parameters; give select.theta too")
         return
     theta = load_theta(path)
     if theta.scorers != run.scorers:

@@ -148,9 +148,7 @@ def frozen_rank_map(run: Run, theta: Parameters) -> RankMap:
             f"{', '.join(theta.domains)}; give the two files of one run"
         )
     if ranks.ties != ties:
-        raise RecipeError(
-            f"rank.frozen: {path} was made with ties {ranks.ties!r}; set rank.ties to that, found {ties!r}"
-        )
+        raise RecipeError(f"rank.frozen: {path} has ties {ranks.ties!r}; set rank.ties to that, found {ties!r}")
     return ranks
 
 

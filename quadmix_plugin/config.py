@@ -370,7 +370,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     content = recipe.model_dump()
     for section in ("corpus", "validation"):
         content[section]["path"] = absolute(content[section]["path"])
-    for section, key in (("normalise", "frozen"), ("select", "theta")):
+    for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta")):
         if content[section][key]:
             content[section][key] = absolute(content[section][key])
     for options in content["select"]["compare"].values():

@@ -14,6 +14,7 @@ from nemo_curator.tasks import DocumentBatch
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.schema import TEXT, score_column
+from quadmix_plugin.stages.checked_rows import InvalidScores, check_choice
 from quadmix_plugin.stages.labelling import PluginHandle, read_column, read_texts, with_column
 
 
@@ -27,6 +28,8 @@ class QualityScore(ProcessingStage[DocumentBatch, DocumentBatch]):
         column: name of the new column; by default ``score_<scorer>``.
         text_field: column with the text.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        invalid_scores: what to do with a score that is not finite: ``error``, or ``drop``, which leaves it for
+            ``NormaliseScores`` to drop and count.
         name: by default ``quality_score_<scorer>``.
         resources: by default one core, and one GPU when the scorer runs on one.
 
@@ -41,11 +44,13 @@ class QualityScore(ProcessingStage[DocumentBatch, DocumentBatch]):
     column: str | None = None
     text_field: str = TEXT
     device: str = "auto"
+    invalid_scores: InvalidScores = "error"
     name: str = ""
     resources: Resources = None  # type: ignore[assignment]
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        check_choice(self.invalid_scores)
         self._handle = PluginHandle("scorers", self.scorer, dict(self.options), self.device)
         self.column = self.column or score_column(self.scorer)
         self.name = self.name or f"quality_{self.column}"
@@ -86,6 +91,11 @@ class QualityScore(ProcessingStage[DocumentBatch, DocumentBatch]):
             raise InputError(
                 f"{self.scorer}: scores of shape {scores.shape} for {len(values)} documents; mend the plug-in"
             )
-        if (bad := ~np.isfinite(scores)).any():
-            raise InputError(f"{self.scorer}: row {int(np.argmax(bad))} scores {scores[bad][0]}; mend the plug-in")
+        if (bad := ~np.isfinite(scores)).any() and self.invalid_scores == "error":
+            i = int(np.argmax(bad))
+            raise InputError(
+                f"{self.column}: {int(bad.sum())} of {bad.size} scores are not finite, first row {i} of "
+                f"{values[i]!r:.60}; mend the scorer, or drop such documents: invalid_scores: drop (in a recipe under "
+                f"normalise)"
+            )
         return with_column(task, str(self.column), scores, pa.float32())

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from nemo_curator.tasks import DocumentBatch
 
 from quadmix_plugin import models, registry
 from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.stages import QualityScore
 from quadmix_plugin.stages.scorers.ask_llm import AskLLM
 from quadmix_plugin.stages.scorers.column import ColumnScore
 from quadmix_plugin.stages.scorers.dclm_fasttext import DCLMFastText
@@ -285,9 +288,22 @@ def test_column_score_takes_numbers_and_refuses_the_rest():
     assert isinstance(scorer, ColumnScore)
     assert (scorer.input_column, scorer.higher_is_better) == ("stars", False)
     assert scorer.score([1, 2.5, "3"]).tolist() == [1.0, 2.5, 3.0]
-    for bad in (None, "high", float("nan")):
-        with pytest.raises(InputError, match="stars: row 1"):
-            scorer.score([1, bad])
+    with pytest.raises(InputError, match="stars: row 1"):
+        scorer.score([1, "high"])
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error_unless_they_shall_be_dropped(bad):
+    batch = DocumentBatch(dataset_name="x", data=pa.table({"stars": pa.array([1.0, bad], pa.float64())}))
+    stage = QualityScore(scorer="column", options={"column": "stars"}, column="score_stars")
+    with pytest.raises(
+        InputError, match=r"score_stars: 1 of 2 scores are not finite, first row 1 .* invalid_scores: drop"
+    ):
+        stage.process(batch)
+    lenient = QualityScore(scorer="column", options={"column": "stars"}, column="score_stars", invalid_scores="drop")
+    kept = lenient.process(batch).to_pyarrow()["score_stars"].to_numpy()
+    assert kept[0] == 1
+    assert not np.isfinite(kept[1])
 
 
 def test_devices_that_are_not_there_are_refused():

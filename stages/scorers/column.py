@@ -19,7 +19,7 @@ class ColumnScore:
         higher_is_better: the direction of its values.
 
     Raises:
-        InputError: a value that is missing or not a finite number.
+        InputError: a value that is not a number; a missing one is NaN, as ``QualityScore`` allows it or not.
     """
 
     name: ClassVar[str] = "column"
@@ -41,10 +41,7 @@ class ColumnScore:
         scores = np.empty(len(texts), dtype=np.float32)
         for i, value in enumerate(texts):
             try:
-                scores[i] = float(value)
+                scores[i] = np.nan if value is None else float(value)
             except (TypeError, ValueError) as error:
                 raise InputError(f"{self.column}: row {i} is {value!r}; a score must be a number") from error
-        if (bad := ~np.isfinite(scores)).any():
-            i = int(np.argmax(bad))
-            raise InputError(f"{self.column}: row {i} is {texts[i]!r}; a score must be a finite number")
         return scores
