@@ -2,12 +2,13 @@
 
     python benchmarks/streaming.py --rows 50_000_000
 
-Two passes: ``FitRank`` turns batches into mergeable states, ``MergeRank`` and ``SigmoidSample`` look every document
-up in their sum. One process runs the stages one batch after the other, as each worker of an executor does. The files
+Two passes: ``FitRank`` turns batches into mergeable states, ``SelectDocuments`` looks every document up
+in their sum. One process runs the stages one batch after the other, as each worker of an executor does. The files
 were just written, so they are read from the system's cache.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -21,30 +22,38 @@ from nemo_curator.tasks import DocumentBatch
 from synthetic import DOMAINS, SCORERS, generate, write_parquet
 
 from quadmix_plugin import Parameters, sample_parameters
+from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.schema import COPIES, DOC_ID, DOMAIN, TOKENS, normalised_column
 from quadmix_plugin.score_index import ScoreIndex
-from quadmix_plugin.stages import FitRank, MergeRank, SigmoidSample
+from quadmix_plugin.stages import FitRank, SelectDocuments
 
 SEED = 0
 BATCH = 1 << 18
-SCORES = [normalised_column(scorer) for scorer in SCORERS]
+PER_STATE = 8
+READ = [DOMAIN, TOKENS, *(normalised_column(scorer) for scorer in SCORERS)]
+NONE = np.zeros(len(DOMAINS), dtype=np.int64)
+RANGE = np.zeros((len(DOMAINS), len(SCORERS)), dtype=np.float32)
+SUMMARY = DomainSummary(DOMAINS, SCORERS, NONE, NONE, RANGE, RANGE + 1)  # an ECDF is in (0, 1]
 
 
 def select_streaming(folder: Path, out: Path, theta: Parameters) -> None:
     """Writes the documents with copies of every file of ``folder`` to a file of the same name in ``out``."""
     files = sorted(folder.glob("*.parquet"))
-    fit = FitRank(theta=theta, normaliser=None)
-    states = (fit.process(batch).to_pyarrow() for batch in batches(files, [DOMAIN, TOKENS, *SCORES]))
-    rank_map = RankMap.merge(RankMap.from_table(state) for state in states)
-    rank = MergeRank(theta=theta, normaliser=None, rank_map=rank_map)
-    sample = SigmoidSample(theta=theta, seed=SEED)
+    fit = FitRank(theta=theta, summary=SUMMARY)
+    states = (fit.process_batch(group)[0].to_pyarrow() for group in batched(batches(files, READ), PER_STATE))
+    select = SelectDocuments(theta=theta, rank_map=RankMap.of_states(states), seed=SEED)
     schema = pa.schema({DOC_ID: pa.int64(), COPIES: pa.int32()})
     for file in files:
         with pq.ParquetWriter(out / file.name, schema, compression="zstd") as writer:
-            for batch in batches([file], [DOC_ID, DOMAIN, TOKENS, *SCORES]):
-                sampled = sample.process(rank.process(batch)).to_pyarrow().select(schema.names)
-                writer.write_table(sampled.filter(sampled[COPIES].to_numpy() > 0))
+            for batch in batches([file], [DOC_ID, *READ]):
+                writer.write_table(select.process(batch).to_pyarrow().select(schema.names))
+
+
+def batched(batches: Iterator[DocumentBatch], size: int) -> Iterator[list[DocumentBatch]]:
+    """Batches in groups of ``size``."""
+    while group := list(islice(batches, size)):
+        yield group
 
 
 def batches(files: Iterable[Path], columns: list[str]) -> Iterator[DocumentBatch]:
@@ -70,9 +79,9 @@ def measure(folder: Path, out: Path, theta: Parameters) -> Cost:
 def measure_reading(folder: Path) -> Cost:
     """The cost of reading the same columns twice and doing nothing: what no selection can undercut."""
     files = sorted(folder.glob("*.parquet"))
-    next(batches(files, [DOMAIN, TOKENS, *SCORES]))
+    next(batches(files, READ))
     with metered() as cost:
-        for columns in ([DOMAIN, TOKENS, *SCORES], [DOC_ID, DOMAIN, TOKENS, *SCORES]):
+        for columns in (READ, [DOC_ID, *READ]):
             for _ in batches(files, columns):
                 pass
     return cost

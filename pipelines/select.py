@@ -31,14 +31,14 @@ from quadmix_plugin.schema import (
     TOKENS,
     ScoreTable,
 )
-from quadmix_plugin.stages import MergeRank, ReadShards, SigmoidSample, WriteShards
+from quadmix_plugin.stages import ReadShards, SelectDocuments, WriteShards
 from quadmix_plugin.stages.merge_rank import load_theta
 from quadmix_plugin.stages.shards import shard_tasks
 from quadmix_plugin.store import Step, merge_counts
 
 QUADMIX = "quadmix"
 
-_ROWS_PER_STATE = 500_000  # of batches that share one state; it is some MB at most
+_ROWS_PER_STATE = 2_000_000  # of batches that share one state; it is some MB at most
 
 _COLUMNS = [DOC_ID, COPIES, DOMAIN, TOKENS, MERGED_QUALITY, QUALITY_RANK, SAMPLING_VALUE]
 
@@ -180,12 +180,11 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
         return
     stages = [
         ReadShards(step=run.require("normalise"), folder="normalise"),
-        MergeRank(
+        SelectDocuments(
             theta=theta,
             rank_map=RankMap.from_table(step.read_table("selection/rank_map.parquet")),
             seed=run.recipe.seed,
         ),
-        SigmoidSample(theta=theta, seed=run.recipe.seed),
         WriteShards(step=step, folder="selection", columns=_COLUMNS),
     ]
     Pipeline("select", stages=stages).run(run.executor, initial_tasks=shard_tasks(todo))

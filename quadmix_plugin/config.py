@@ -74,7 +74,7 @@ class Rank(Section):
 
     method: Literal["histogram", "exact", "subset"] = "histogram"
     ties: Literal["paper", "mid", "hash"] = "paper"
-    bins: int = Field(default=4096, ge=16, le=65536)
+    bins: int = Field(default=2048, ge=16, le=65536)
     """Bins of each domain, for ``histogram``."""
     subset_documents: int = Field(default=10_000, ge=1)
     """Size of the subset, for ``subset``."""

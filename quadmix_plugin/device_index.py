@@ -333,7 +333,7 @@ def _hashes(doc_ids: DocIds, seed: int, device: torch.device) -> torch.Tensor:
     integers = _integer_ids(doc_ids)
     if integers is None:
         return _tensor(hash64(doc_ids, seed).view(np.int64), device)
-    ids = _tensor(integers.view(np.int64), device)
+    ids = _tensor(integers.view(np.int64), device).contiguous()
     hashes = torch.empty_like(ids)
     if ids.numel():
         step = _signed([arrays.splitmix64_step(seed)], device)

@@ -152,21 +152,29 @@ class RankMap:
         ids = require_domain_ids(domain_ids)
         require_one_length(merged=values, domain_ids=ids)
         tie = _tie(self.ties, hashes)
-        unknown = self._unknown(ids)
-        ranks = np.ones(values.size)
-        if unknown.any():
-            known = ~unknown
-            ranks[known] = self.rank(values[known], ids[known], tie[known] if tie.size else None)
-        else:
-            cpu.rank(values, ids, tie, self.arrays, cpu.TIES[self.ties], ranks)
+        self.require_known(ids)
+        ranks = np.empty(values.size)
+        wide = self.of_domains(int(ids.max(initial=-1)) + 1)
+        cpu.rank(values, ids, tie, wide.arrays, cpu.TIES[self.ties], ranks)
         return ranks
 
-    def _unknown(self, ids: Ints) -> NDArray[np.bool_]:
+    def require_known(self, ids: Ints) -> None:
+        """Raises InputError for a domain of which the map has no document, unless it is of a subset."""
+        if self.method == "subset" or (self.totals.documents.all() and ids.max(initial=-1) < self.grid.n_domains):
+            return
         absent = np.append(self.totals.documents == 0, True)
         unknown = absent[np.minimum(ids, absent.size - 1)]
-        if self.method != "subset" and unknown.any():
+        if unknown.any():
             raise InputError(f"domain id {ids[unknown][0]}: the rank map has no document of it; fit it on this corpus")
-        return unknown
+
+    def of_domains(self, n_domains: int) -> Self:
+        """The map for at least so many domains; the added ones have no documents."""
+        more = max(0, n_domains - self.grid.n_domains)
+        if not more:
+            return self
+        low, high = (np.append(ends, np.zeros(more)) for ends in (self.grid.low, self.grid.high))
+        totals = Totals(*np.pad(self.totals.as_rows(), ((0, 0), (0, more))))
+        return replace(self, grid=replace(self.grid, low=low, high=high), totals=totals)
 
     def cut(self, omega: ArrayLike) -> Array:
         """The q̄ [M] beyond which no document has r̄ <= ω."""

@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
-BINS = 4096
+BINS = 2048
 CELL_FIELDS = ("tokens", "lowest", "highest", "at_lowest", "at_highest")
 _SUBSET = 0x5B5E  # the stream that chooses a subset, so that it says nothing of a document's draw
 
@@ -139,12 +139,19 @@ class RankHistogram:
     @classmethod
     def of(cls, merged: ArrayLike, domain_ids: ArrayLike, tokens: ArrayLike, grid: Grid) -> Self:
         """The state of these documents, all arrays [n]; errors as ``quality_rank``."""
+        return cls.of_batches([(merged, domain_ids, tokens)], grid)
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[tuple[ArrayLike, ArrayLike, ArrayLike]], grid: Grid) -> Self:
+        """The state of several batches of q̄, domain ids and tokens, one after the other."""
         from quadmix_plugin.kernels import cpu
 
-        values, ids, weights = documents(merged, domain_ids, tokens, grid.n_domains)
-        bins = _empty_bins(grid)
-        cpu.fill_bins(values, ids, weights, grid.low, grid.scale, bins)
-        return cls(grid, Totals.of(ids, weights, grid.n_domains), bins)
+        bins, totals = _empty_bins(grid), []
+        for merged, domain_ids, tokens in batches:
+            values, ids, weights = documents(merged, domain_ids, tokens, grid.n_domains)
+            cpu.fill_bins(values, ids, weights, grid.low, grid.scale, bins)
+            totals.append(Totals.of(ids, weights, grid.n_domains))
+        return cls(grid, Totals.merge(totals), bins)
 
     @classmethod
     def merge(cls, parts: Iterable[Self]) -> Self:

@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 _LUCK = 1 / 256  # the largest ε whose draws outside the window come from the index and not from a scan
 _SAMPLE = 2048  # documents of a domain that the window's end is guessed from
 _KEY_BITS = 32
+_EXACT_BINS = 4096  # that exact ranks are sorted by
 _BLOCK = 8  # θ at once: their outputs wait in memory together
 _FIELDS = ("alpha", "lam", "omega", "eta", "epsilon")
 
@@ -52,7 +53,7 @@ class ScoreIndex:
     def __init__(self, documents: leaves.Leaves, n: int, totals: Totals, bins: int) -> None:
         self.n, self.totals, self.bins = n, totals, bins
         self._leaves = documents
-        self._exact_bins = np.clip(totals.documents // 8, 1, BINS)
+        self._exact_bins = np.clip(totals.documents // 8, 1, _EXACT_BINS)
         self._work = local()
 
     @classmethod
@@ -194,7 +195,7 @@ class ScoreIndex:
         """This thread's memory, made on its first use."""
         if not hasattr(self._work, "work"):
             largest = int(np.diff(self._leaves.start).max(initial=0)) * leaves.LEAF + 1
-            n_bins = max(self.bins, BINS)
+            n_bins = max(self.bins, _EXACT_BINS)
             of_bins = [np.empty(n_bins + 1, dtype=kind) for kind in ("q", "q", leaves.DRAW, "B", cpu.CELL, "q")]
             self._work.work = leaves.Work._make([*of_bins, *(np.empty(largest, dtype=kind) for kind in "iiidqQd")])
             self._work.rows = np.empty(0, dtype=self._leaves.rows.dtype)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quadmix_plugin.stages.normalise_scores import FitNormaliser, NormaliseScores
     from quadmix_plugin.stages.prepare_documents import PrepareDocuments
     from quadmix_plugin.stages.quality_score import QualityScore
+    from quadmix_plugin.stages.select_documents import SelectDocuments
     from quadmix_plugin.stages.shards import ReadShards, WriteShards
     from quadmix_plugin.stages.sigmoid_sample import SigmoidSample
     from quadmix_plugin.stages.train_proxies import TrainProxies
@@ -29,6 +30,7 @@ _HOME = {
     "NormaliseScores": "normalise_scores",
     "PrepareDocuments": "prepare_documents",
     "QualityScore": "quality_score",
+    "SelectDocuments": "select_documents",
     "SigmoidSample": "sigmoid_sample",
     "TrainProxies": "train_proxies",
     "FitNormaliser": "normalise_scores",
@@ -50,6 +52,7 @@ __all__ = [
     "PrepareDocuments",
     "QualityScore",
     "ReadShards",
+    "SelectDocuments",
     "SigmoidSample",
     "TrainProxies",
     "WriteShards",

@@ -109,8 +109,13 @@ class FitRank(_Scored):
 
     def process_batch(self, tasks: list[DocumentBatch]) -> list[DocumentBatch]:
         """One state of all these batches."""
-        states = [self._state(arrow(task)) for task in tasks]
-        merged = states[0] if len(states) == 1 else type(states[0]).merge(states)  # type: ignore[arg-type]
+        tables = map(arrow, tasks)
+        merged: RankHistogram | RankMap | RankSample
+        if self._grid is not None:
+            merged = RankHistogram.of_batches(map(self._columns, tables), self._grid)
+        else:
+            states = list(map(self._state, tables))
+            merged = states[0] if len(states) == 1 else type(states[0]).merge(states)  # type: ignore[arg-type]
         state = DocumentBatch(
             dataset_name=tasks[0].dataset_name,
             data=merged.to_table(),
@@ -123,11 +128,12 @@ class FitRank(_Scored):
     def _hashed(self) -> bool:
         return self.method == "subset" or (self.ties == "hash" and self.method == "exact")
 
-    def _state(self, table: pa.Table) -> RankHistogram | RankMap | RankSample:
+    def _columns(self, table: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
         merged, ids = self._merge(table)
-        tokens = require_tokens(read_numbers(table, TOKENS, "integers"))
-        if self._grid is not None:
-            return RankHistogram.of(merged, ids, tokens, self._grid)
+        return merged, ids, require_tokens(read_numbers(table, TOKENS, "integers"))
+
+    def _state(self, table: pa.Table) -> RankMap | RankSample:
+        merged, ids, tokens = self._columns(table)
         hashes = hash64(table[self.id_field], self.seed) if self._hashed else None
         if self.method == "subset" and hashes is not None:
             return RankSample.of(merged, ids, tokens, hashes, self.documents, self.per_domain)

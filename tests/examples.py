@@ -66,9 +66,7 @@ def parameters(rng: np.random.Generator, n_scorers: int, n_domains: int, omega_m
     """θ with its corners: a scorer without weight, λ 0 and 1000, ω tiny and at its most, η 0, ε 0 and above 1."""
 
     def column(corners: list[float], low: float, high: float) -> NDArray[np.float64]:
-        return np.where(
-            rng.random(n_domains) < 0.5, rng.choice(corners, n_domains), rng.uniform(low, high, n_domains)
-        )
+        return np.where(rng.random(n_domains) < 0.5, rng.choice(corners, n_domains), rng.uniform(low, high, n_domains))
 
     alpha = rng.choice([0.0, 0.5, 1.0, 0.3], (n_domains, n_scorers))
     alpha[alpha.sum(axis=1) == 0] = 1.0

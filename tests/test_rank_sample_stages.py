@@ -21,7 +21,7 @@ from quadmix_plugin.parameters import Parameters, ParameterSpace
 from quadmix_plugin.pipelines.rank import FitRankMap
 from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.schema import ScoreTable
-from quadmix_plugin.stages import FitRank, MergeRank, SigmoidSample
+from quadmix_plugin.stages import FitRank, MergeRank, SelectDocuments, SigmoidSample
 
 DOMAINS, SCORERS = ("News", "Science", "Sports"), ("edu", "prose")
 N = 2000
@@ -77,6 +77,7 @@ def _fit(method: str, ties: str, **more) -> FitRankMap:
 def _select(executor, batches: list, method: str = "histogram", ties: str = "paper") -> dict[str, int]:
     rank_map = _fit(method, ties, tasks_per_pass=10).run(executor, batches).get_metadata("rank_map")
     merge = MergeRank(theta=THETA, normaliser=NORMALISER, rank_map=rank_map, seed=9)
+    select = SelectDocuments(theta=THETA, normaliser=NORMALISER, rank_map=rank_map, seed=9)
     stages = [merge, SigmoidSample(theta=THETA, seed=9)]
     tasks = Pipeline("sample", stages=stages).run(executor, initial_tasks=batches)
     copies: dict[str, int] = {}
@@ -84,6 +85,12 @@ def _select(executor, batches: list, method: str = "histogram", ties: str = "pap
         table = task.to_pyarrow()
         copies |= dict(zip(table["doc_id"].to_pylist(), table["copies"].to_pylist(), strict=True))
     assert len(copies) == N
+    chosen = Pipeline("select", stages=[select]).run(executor, initial_tasks=batches)
+    for task, both in zip(chosen, tasks, strict=True):
+        table, why = task.to_pyarrow(), both.to_pyarrow()
+        assert table.to_pylist() == why.filter(pa.array(why["copies"].to_numpy() > 0)).to_pylist()
+        left = task._metadata["dropped"]["not selected"]
+        assert task._metadata["rows_in"] == why.num_rows == table.num_rows + left
     return copies
 
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples import EXAMPLES, documents, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import EXAMPLES, Documents, documents, numbers, parameters
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, tie_hash, unit_interval
@@ -18,6 +18,7 @@ from quadmix_plugin.ranking import merge_quality
 
 SEED = st.integers(0, 2**32 - 1)
 N_DOMAINS = 6
+PARTS = st.sampled_from([1, 2, 7])  # and 64 in tests of their own, with documents for all of them
 FIELDS = ("tokens", "lowest", "highest", "at_lowest", "at_highest")
 
 
@@ -120,7 +121,7 @@ def test_grids_are_the_same_when_all_bins_are() -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(documents(60), st.sampled_from([1, 7, 64]), SEED)
+@given(documents(60), PARTS, SEED)
 def test_totals_are_sums_and_merge_to_those_of_all(data, parts: int, seed: int) -> None:
     data = data._replace(tokens=data.tokens % (1 << 20) + 1)
     whole = Totals.of(data.domain_ids, data.tokens, N_DOMAINS)
@@ -175,7 +176,7 @@ def test_a_histogram_is_the_plain_loops(data, n_bins: int) -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(documents(60), st.sampled_from([1, 3, 64]), st.sampled_from([1, 7, 64]), SEED)
+@given(documents(60), st.sampled_from([1, 3, 64]), PARTS, SEED)
 def test_histograms_merge_to_the_same_bits_in_any_order(data, n_bins: int, parts: int, seed: int) -> None:
     data = data._replace(values=data.values + 0.0)  # for -0.0 there is a test of its own
     grid = grid_of(data, n_bins)
@@ -183,10 +184,9 @@ def test_histograms_merge_to_the_same_bits_in_any_order(data, n_bins: int, parts
     states = [RankHistogram.of(p.values, p.domain_ids, p.tokens, grid) for p in pieces(data, parts, seed)]
     before = [state.bins.tobytes() for state in states]
     assert same_bits(RankHistogram.merge(iter(states)).to_table(), whole)
-    if parts <= 7:
-        assert same_bits(in_any_tree(states, seed).to_table(), whole)
-        again = RankHistogram.merge([RankHistogram.from_table(state.to_table()) for state in states])
-        assert same_bits(again.to_table(), whole)
+    assert same_bits(in_any_tree(states, seed).to_table(), whole)
+    again = RankHistogram.merge([RankHistogram.from_table(state.to_table()) for state in states])
+    assert same_bits(again.to_table(), whole)
     assert before == [state.bins.tobytes() for state in states]  # what is merged stays as it was
 
 
@@ -257,22 +257,23 @@ def test_a_subset_is_of_so_many_documents_with_all_their_columns(data, limit: in
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(documents(60), st.sampled_from([1, 3, 20]), st.booleans(), st.sampled_from([1, 7, 64]), SEED)
+@given(documents(60), st.sampled_from([1, 3, 20]), st.booleans(), PARTS, SEED)
 def test_subsets_merge_to_the_same_bits_in_any_order(data, limit: int, per_domain: bool, parts: int, seed: int) -> None:
     whole = sample_of(data, limit, per_domain).to_table()
     states = [sample_of(part, limit, per_domain) for part in pieces(data, parts, seed)]
     assert same_bits(RankSample.merge(iter(states)).to_table(), whole)
-    if parts <= 7:
-        assert same_bits(in_any_tree(states, seed).to_table(), whole)
-        again = RankSample.merge([RankSample.from_table(state.to_table()) for state in states])
-        assert same_bits(again.to_table(), whole)
-        assert (again.limit, again.per_domain) == (limit, per_domain)
+    assert same_bits(in_any_tree(states, seed).to_table(), whole)
+    again = RankSample.merge([RankSample.from_table(state.to_table()) for state in states])
+    assert same_bits(again.to_table(), whole)
+    assert (again.limit, again.per_domain) == (limit, per_domain)
 
 
 def test_who_is_in_the_subset_says_nothing_of_the_draw_or_of_ties() -> None:
     hashes = hash64(np.arange(100_000), 3)
     for per_domain in (True, False):
-        sample = RankSample.of(np.zeros(100_000), np.zeros(100_000, int), np.ones(100_000, int), hashes, 2000, per_domain)
+        sample = RankSample.of(
+            np.zeros(100_000), np.zeros(100_000, int), np.ones(100_000, int), hashes, 2000, per_domain
+        )
         for u in (unit_interval(sample.hashes), unit_interval(tie_hash(sample.hashes))):
             assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * 2000)
             assert u.min() < 0.01
@@ -288,6 +289,25 @@ def test_subsets_that_do_not_belong_together_do_not_merge() -> None:
     states = [RankSample.of([1.0], [0], [1], hash64([i]), 5, how) for i, how in enumerate([True, False])]
     with pytest.raises(InputError, match="subset"):
         RankSample.merge(states)
+
+
+@pytest.mark.parametrize("parts", [1, 7, 64])
+@pytest.mark.parametrize("kind", ["few", "normal", "clipped"])
+def test_thousands_of_documents_leave_the_same_states_in_any_partitioning(kind: str, parts: int) -> None:
+    rng = np.random.default_rng(parts)
+    n = 5000
+    values = numbers(rng, (n,), kind) + 0.0
+    data = Documents(values, rng.integers(0, N_DOMAINS, n), rng.integers(1, 999, n), rng.permutation(n))
+    grid = grid_of(data, 256)
+    cut = pieces(data, parts, parts)
+    for make in (
+        lambda part: RankHistogram.of(part.values, part.domain_ids, part.tokens, grid),
+        lambda part: sample_of(part, 100, True),
+        lambda part: sample_of(part, 100, False),
+    ):
+        whole, states = make(data).to_table(), [make(part) for part in cut]
+        assert same_bits(type(states[0]).merge(states).to_table(), whole)
+        assert same_bits(in_any_tree(states, parts).to_table(), whole)
 
 
 # Bad input

@@ -4,11 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from examples import EXAMPLES, TIES, documents, numbers, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import eq_1, eq_2, hash_of, tie_of
 
+from examples import EXAMPLES, TIES, documents, numbers, parameters
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters, sample_parameters
 from quadmix_plugin.ranking import merge_quality, quality_rank

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples import EXAMPLES, TIES, documents, numbers, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import count, draw, eq_1, eq_2, eq_3, hash_of
 
+from examples import EXAMPLES, TIES, documents, numbers, parameters
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, stream_hash, tie_hash, uniform, unit_interval
 from quadmix_plugin.parameters import Parameters, sample_parameters
@@ -61,9 +61,7 @@ def test_value_falls_with_rank_and_stays_in_its_bounds(seed: int, ranks: list[fl
 @pytest.mark.parametrize("eta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize(("omega", "rank"), [(1.0, 1e-300), (1e-9, 1.0), (1.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("lam", [1000.0, 1e6, 1e300])
-def test_the_steepest_curves_raise_no_floating_point_warning(
-    eta: float, omega: float, rank: float, lam: float
-) -> None:
+def test_the_steepest_curves_raise_no_floating_point_warning(eta: float, omega: float, rank: float, lam: float) -> None:
     theta = Parameters([[1.0]], [lam], [omega], [eta], [0.001])
     with np.errstate(all="raise", under="ignore"):
         value = sampling_value([rank], [0], theta)[0]
@@ -421,7 +419,10 @@ GOOD = {"normalised": np.ones((2, 1)), "domain_ids": [0, 1], "tokens": [3, 4], "
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"normalised": [[1.0], [math.nan]]}, r"normalised: 1 of 2 documents .*first rows \[1\]\); drop them or repair"),
+        (
+            {"normalised": [[1.0], [math.nan]]},
+            r"normalised: 1 of 2 documents .*first rows \[1\]\); drop them or repair",
+        ),
         ({"normalised": np.ones((2, 2))}, r"normalised: shape \(2, 2\); give one row for each of the 2 documents"),
         ({"tokens": [3, 0]}, "tokens: 1 documents have 0 tokens; drop empty documents first"),
         ({"tokens": [3, -1]}, "tokens: 1 documents have -1 tokens"),

@@ -250,7 +250,9 @@ def mass_at(q: float, cell: Any, mean: float, ties: int, u: float) -> float:
 def _rank_at(
     q: float, b: int, first: Any, cell: Any, cell_tie: Any, total: float, mean: float, tie: Any, ties: int
 ) -> float:
-    """Eq. 2 for one document in bin b of a domain with the cells ``first`` [B + 1]."""
+    """Eq. 2 for one document in bin b of a domain with the cells ``first`` [B + 1]; 1 where it has none."""
+    if total == 0.0:
+        return 1.0
     left, right = first[b], first[b + 1]
     hashed = cell_tie.size > 0
     while left < right:  # the first cell beyond the document
@@ -365,6 +367,36 @@ def count(
             r = _rank_at(q, b, first[m], cell, cell_tie, total[m], mean[m], t, ties)
             if r <= omega[m]:
                 out[i] = _draw((epsilon[m] + _window(r, lam[m], omega[m], eta[m])) * thin, hashes[i])
+
+
+@_jit
+def pick(
+    merged: Any, domain: Any, hashes: Any, tie: Any, cells: Cells, cut: Any, theta: Theta, ties: int, rows: Any,
+    ranks: Any, values: Any, copies: Any,
+) -> int:  # fmt: skip
+    """As ``count``, but only the documents with copies: row, r̄, S and copies of each; returns their number."""
+    hashed = tie.size > 0
+    none = np.uint64(0)
+    low, scale, first, cell, cell_tie, total, mean = cells
+    _, lam, omega, eta, epsilon, thin = theta
+    n_bins = first.shape[1] - 1
+    whole, limit = chances(epsilon, thin)
+    found = 0
+    for i in range(merged.size):
+        m, q = domain[i], merged[i]
+        drawn = whole[m] + (hashes[i] >> _SHIFT < limit[m])
+        if q > cut[m] and not drawn:
+            continue
+        b = bin_of(q, low[m], scale[m], n_bins)
+        t = tie[i] if hashed else none
+        r = _rank_at(q, b, first[m], cell, cell_tie, total[m], mean[m], t, ties)
+        s = epsilon[m] * thin
+        if r <= omega[m]:
+            s = (epsilon[m] + _window(r, lam[m], omega[m], eta[m])) * thin
+            drawn = _draw(s, hashes[i])
+        rows[found], ranks[found], values[found], copies[found] = i, r, s, drawn
+        found += drawn > 0
+    return found
 
 
 def theta_of(theta: Any, thin: float = 1.0) -> Theta:

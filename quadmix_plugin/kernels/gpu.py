@@ -60,7 +60,7 @@ def _from_key(key):
 def _mix(z):
     """The finaliser of splitmix64."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 28)) * 0x94D049BB133111EB
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)
 
 
