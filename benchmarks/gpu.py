@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,8 +47,7 @@ def generate(rows: int) -> Table:
 
 def seconds(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     """Median wall time of ``work``, after one run that compiles, and its last result."""
-    work()
-    times = []
+    result, times = work(), []
     for _ in range(repeats):
         _synchronise()
         start = time.perf_counter()
@@ -63,12 +63,12 @@ def device_index(table: Any, thetas: list[Parameters], repeats: int, profile: bo
 
     from quadmix_plugin.device_index import DeviceIndex
 
-    made, index = seconds(lambda: DeviceIndex.of(*table, SEED, n_domains=N_DOMAINS), repeats)
+    made, index = seconds(lambda: DeviceIndex.of(*table, seed=SEED, n_domains=N_DOMAINS), repeats)
     yield "DeviceIndex: laid out from arrays of numpy", 0, made, ""
     few = thetas[: min(4, len(thetas))]
     different = 0
     for theta, selection in zip(few, index.select_many(few), strict=True):
-        expected = arrays.count_copies(*table, theta, SEED)
+        expected = arrays.count_copies(*table, theta=theta, seed=SEED)
         different += int((selection.by_row(index.n) != expected).sum())
     for to_host, where in ((False, "selections stay on the device"), (True, "selections copied to the host")):
         taken, found = seconds(lambda: _documents(index.select_many(thetas, to_host=to_host)), repeats)  # noqa: B023
@@ -85,7 +85,7 @@ def score_index(table: Any, thetas: list[Parameters], repeats: int) -> Iterator[
     """The index on this machine's CPU, all cores."""
     from quadmix_plugin.score_index import ScoreIndex
 
-    made, index = seconds(lambda: ScoreIndex.of(*table, SEED, n_domains=N_DOMAINS), repeats)
+    made, index = seconds(lambda: ScoreIndex.of(*table, seed=SEED, n_domains=N_DOMAINS), repeats)
     yield "ScoreIndex: laid out", 0, made, ""
     few, threads = thetas[:CPU_THETAS], os.cpu_count() or 1
     taken, _ = seconds(lambda: _documents(index.select_many(few, threads=threads)), repeats)
@@ -102,10 +102,11 @@ def one_theta(table: Any, theta: Parameters, repeats: int) -> Iterator[Line]:
         _left_out("cupy", error)
         on_device = None
     for method in ("histogram", "exact"):
-        taken, expected = seconds(lambda: arrays.count_copies(*table, theta, SEED, method), 1)  # noqa: B023
+        options = {"theta": theta, "seed": SEED, "method": method}
+        taken, expected = seconds(partial(arrays.count_copies, *table, **options), 1)
         yield f"count_copies by numpy, {method}", 1, taken, ""
         if on_device:
-            taken, copies = seconds(lambda: arrays.count_copies(*on_device, theta, SEED, method), repeats)  # noqa: B023
+            taken, copies = seconds(partial(arrays.count_copies, *on_device, **options), repeats)
             yield f"count_copies by cupy, {method}", 1, taken, str(int((copies.get() != expected).sum()))
 
 

@@ -6,6 +6,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.parameters import Parameters
+
+
+def as_floats(values: ArrayLike) -> NDArray[Any]:
+    """float32 and float64 as they are, anything else as float64."""
+    array = np.asarray(values)
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
+
+
+def require_drawable(theta: Parameters, thin: float = 1.0) -> None:
+    """Raises InputError where θ can give a document more copies than int32 holds, or ``thin`` is no factor."""
+    if not 0 < thin < np.inf:
+        raise InputError(f"thin={thin}; give a factor above 0")
+    with np.errstate(over="ignore"):
+        most = (2.0**theta.eta + theta.epsilon) * thin
+    if (bad := ~(most < np.iinfo(np.int32).max)).any():
+        m = int(np.argmax(bad))
+        raise InputError(
+            f"eta[{m}] = {theta.eta[m]:.6g} and epsilon[{m}] = {theta.epsilon[m]:.6g} give up to {most[m]:.4g} copies "
+            f"of a document; give at most {np.iinfo(np.int32).max - 1:,}"
+        )
 
 
 def require_finite(values: NDArray[Any], name: str) -> NDArray[Any]:

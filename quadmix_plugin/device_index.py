@@ -18,11 +18,12 @@ import triton  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.hashing import _TIES, DocIds, _integer_ids, hash64
+from quadmix_plugin.hashing import TIES_STREAM, DocIds, hash64, integer_ids, splitmix64_step
 from quadmix_plugin.kernels import arrays, gpu
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.rank_map import Ties, check_ties
 from quadmix_plugin.rank_states import BINS
+from quadmix_plugin.selections import Selection
 
 _BLOCK = 256  # documents of a block
 _THETAS = 16  # that one program answers for its block
@@ -33,24 +34,6 @@ _SAMPLE = 2048  # documents of a domain that the window's end is guessed from
 _KEY_BITS = 62
 _ROW_BITS = 40
 _TIE_RULES = {"paper": 0, "mid": 1, "hash": 2}
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What one θ selects: ``rows`` [k] of the score table in no order, and their ``copies`` [k] int32, positive.
-
-    Arrays of numpy, or tensors on the device.
-    """
-
-    rows: Any
-    copies: Any
-
-    def by_row(self, n: int) -> Any:
-        """The copies of all ``n`` documents of the table [n]."""
-        on_host = isinstance(self.copies, np.ndarray)
-        copies = np.zeros(n, dtype=np.int32) if on_host else self.copies.new_zeros(n)
-        copies[self.rows] = self.copies
-        return copies
 
 
 class Blocks(NamedTuple):
@@ -114,6 +97,8 @@ class DeviceIndex:
             InputError: as ``ScoreIndex.of``; a device other than CUDA.
         """
         on = _device(device)
+        if bins < 1:
+            raise InputError(f"bins={bins}; give at least one")
         xp = arrays.array_namespace(normalised, domain_ids, tokens)
         scores = xp.asarray(normalised)
         if scores.dtype != np.float32:
@@ -188,6 +173,9 @@ class DeviceIndex:
                     f"the parameters have {theta.n_domains} domains and {theta.n_scorers} scorers, the index "
                     f"{self.low.shape[0]} and {self.low.shape[1]}; use parameters of this corpus"
                 )
+            most = (theta.epsilon + (2.0 / (1.0 + np.exp(-theta.lam * theta.omega))) ** theta.eta) * thin
+            if not most.max() < np.iinfo(np.int32).max:
+                raise InputError(f"θ gives a document up to {most.max():.3g} copies; give smaller eta, epsilon or thin")
         numbers = [0] * len(thetas) if streams is None else streams
         size = max(1, min(_AT_ONCE, 10 * _OUTPUTS // max(self.n, 1)))
         jobs = list(zip(thetas, numbers, strict=True))
@@ -283,7 +271,7 @@ class _Job:
         """θ, domain and row in one integer, and copies, of all documents that have some."""
         device, share = self.table.device, self.table[:, :, gpu.OMEGA.value] + self.table[:, :, gpu.EPSILON.value]
         capacity = int(1.25 * float(share.mean()) * self.index.n * self.shape[0]) + 4096
-        steps = _signed([arrays.splitmix64_step(stream) for stream in [*self.streams, _TIES]], device)
+        steps = _signed([splitmix64_step(stream) for stream in [*self.streams, TIES_STREAM]], device)
         while True:
             found = torch.zeros(1, dtype=torch.int64, device=device)
             keys = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -330,7 +318,7 @@ def _signed(values: Sequence[int], device: torch.device) -> torch.Tensor:
 
 def _hashes(doc_ids: DocIds, seed: int, device: torch.device) -> torch.Tensor:
     """``hashing.hash64`` as int64 of the same bits; integer ids are hashed on the device."""
-    integers = _integer_ids(doc_ids)
+    integers = integer_ids(doc_ids)
     if integers is None:
         return _tensor(hash64(doc_ids, seed).view(np.int64), device)
     ids = _tensor(integers.view(np.int64), device).contiguous()

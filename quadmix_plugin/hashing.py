@@ -17,7 +17,7 @@ DocIds = NDArray[np.integer] | Sequence[str] | Sequence[int] | pa.Array | pa.Chu
 _GOLDEN = 0x9E3779B97F4A7C15
 _SEED_STRIDE = 0xD1342543DE82EF95  # odd: distinct seeds give distant streams, seed 0 the plain hash
 _MASK = 0xFFFFFFFFFFFFFFFF
-_TIES = 0x71E5  # the stream that breaks ties, so that a tie's order says nothing of its draw
+TIES_STREAM = 0x71E5  # the stream that breaks ties, so that a tie's order says nothing of its draw
 
 
 def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
@@ -30,7 +30,7 @@ def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
     Raises:
         InputError: ids that are neither all integers nor all strings, or missing.
     """
-    integers = _integer_ids(doc_ids)
+    integers = integer_ids(doc_ids)
     if integers is not None:
         return splitmix64(integers, seed)
     import xxhash
@@ -48,14 +48,19 @@ def hash64(doc_ids: DocIds, seed: int = 0) -> NDArray[np.uint64]:
 
 def splitmix64(values: Any, seed: int = 0) -> Any:
     """splitmix64 of unsigned integers [n] under a seed; numpy or cupy in, the same out."""
-    step = np.uint64((int(seed) * _SEED_STRIDE + _GOLDEN) & _MASK)
+    step = np.uint64(splitmix64_step(seed))
     if not isinstance(values, np.ndarray):
-        return _mix(values + step)
+        return mix64(values + step)
     from quadmix_plugin.kernels import cpu
 
     out = np.empty(values.size, dtype=np.uint64)
     cpu.splitmix64(values, step, out)
     return out
+
+
+def splitmix64_step(seed: int) -> int:
+    """What ``splitmix64`` adds to a value under this seed."""
+    return (int(seed) * _SEED_STRIDE + _GOLDEN) & _MASK
 
 
 def stream_hash(hashes: Any, stream: int) -> Any:
@@ -68,7 +73,7 @@ def stream_hash(hashes: Any, stream: int) -> Any:
 
 def tie_hash(hashes: Any) -> Any:
     """What breaks ties of q̄ under ``ties: hash``, from ``hash64``'s; the lower comes first."""
-    return splitmix64(hashes, _TIES)
+    return splitmix64(hashes, TIES_STREAM)
 
 
 def unit_interval(hashes: Any) -> Any:
@@ -81,13 +86,15 @@ def uniform(doc_ids: DocIds, seed: int = 0) -> Any:
     return unit_interval(hash64(doc_ids, seed))
 
 
-def _mix(z: Any) -> Any:
+def mix64(z: Any) -> Any:
+    """The finaliser of splitmix64, of unsigned integers."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def _integer_ids(doc_ids: Any) -> Any:
+def integer_ids(doc_ids: Any) -> Any:
+    """Integer ids as uint64, on the device that they are on; None where they are strings."""
     if hasattr(doc_ids, "__cuda_array_interface__"):
         if doc_ids.dtype.kind not in "iu":
             raise InputError(f"doc_id: type {doc_ids.dtype} on a GPU; give integers, or strings as an Arrow array")

@@ -36,6 +36,10 @@ class Grid:
     high: Array
     n_bins: int = BINS
 
+    def __post_init__(self) -> None:
+        if self.n_bins < 1:
+            raise InputError(f"bins={self.n_bins}; give at least 1")
+
     @classmethod
     def of(cls, theta: Parameters, summary: DomainSummary, n_bins: int = BINS) -> Self:
         """Bins over the range that Eq. 1 can reach in each domain, in the same arithmetic as Eq. 1."""

@@ -4,12 +4,10 @@ Arrays may be numpy's, or cupy's on a GPU. For a corpus that does not fit into m
 kept for later documents, see ``rank_map``.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import require_domain_ids, require_finite
+from quadmix_plugin.arguments import as_floats, require_domain_ids, require_finite
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import DocIds, hash64, tie_hash
 from quadmix_plugin.kernels import arrays
@@ -32,7 +30,7 @@ def merge_quality(normalised: ArrayLike, domain_ids: ArrayLike, theta: Parameter
         return arrays.merge_quality(normalised, domain_ids, theta)
     from quadmix_plugin.kernels import cpu
 
-    scores = _floats(normalised)
+    scores = as_floats(normalised)
     ids = require_domain_ids(domain_ids, theta.n_domains)
     if scores.ndim != 2 or scores.shape != (ids.size, theta.n_scorers):
         raise InputError(
@@ -71,9 +69,3 @@ def quality_rank(
             raise InputError("ties='hash' needs doc_ids: equal merged quality is ordered by their hash")
         hashes = tie_hash(hash64(doc_ids, seed))
     return exact_ranks(merged, domain_ids, tokens, ties, hashes)
-
-
-def _floats(values: ArrayLike) -> NDArray[Any]:
-    """float32 and float64 as they are, anything else as float64."""
-    array = np.asarray(values)
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)

@@ -7,7 +7,7 @@ a GPU.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import require_domain_ids, require_one_length, require_tokens
+from quadmix_plugin.arguments import as_floats, require_domain_ids, require_drawable, require_one_length, require_tokens
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import DocIds, hash64, stream_hash, tie_hash
 from quadmix_plugin.kernels import arrays
@@ -111,8 +111,10 @@ def count_copies(
         )  # fmt: skip
     from quadmix_plugin.kernels import cpu
 
+    require_drawable(theta, thin)
     ids, weights = require_domain_ids(domain_ids, theta.n_domains), require_tokens(tokens)
-    merged = merge_quality(normalised, ids, theta)
+    scores = as_floats(normalised)
+    merged = merge_quality(scores, ids, theta)
     hashes = hash64(doc_ids, seed)
     require_one_length(normalised=merged, tokens=weights, doc_ids=hashes)
     tie = tie_hash(hashes) if ties == "hash" else np.empty(0, dtype=np.uint64)
@@ -120,7 +122,7 @@ def count_copies(
         sample = RankSample.of(merged, ids, weights, hashes, subset_documents, subset_per_domain)
         value = sampling_value(RankMap.of_sample(sample, ties).rank(merged, ids, tie), ids, theta)
         return draw_hashes(value * thin, stream_hash(hashes, stream))
-    histogram = RankHistogram.of(merged, ids, weights, Grid(*cpu.reach(np.asarray(normalised), ids, theta.alpha), bins))
+    histogram = RankHistogram.of(merged, ids, weights, Grid(*cpu.reach(scores, ids, theta.alpha), bins))
     ranks = RankMap.of_histogram(histogram, ties)
     if method == "exact":
         ranks = exact_tail(ranks, histogram, merged, ids, weights, tie, theta)

@@ -7,7 +7,6 @@ can reach its window, some tenth of the table. The selections equal ``count_copi
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from threading import local
 from typing import Any, Literal, Self
@@ -15,13 +14,20 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import require_domain_ids, require_finite, require_one_length, require_tokens
+from quadmix_plugin.arguments import (
+    require_domain_ids,
+    require_drawable,
+    require_finite,
+    require_one_length,
+    require_tokens,
+)
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import DocIds, hash64, stream_hash
 from quadmix_plugin.kernels import cpu, leaves
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.rank_map import Ties, check_ties
 from quadmix_plugin.rank_states import BINS, Totals
+from quadmix_plugin.selections import Selection
 
 Array = NDArray[np.float64]
 
@@ -31,20 +37,6 @@ _KEY_BITS = 32
 _EXACT_BINS = 4096  # that exact ranks are sorted by
 _BLOCK = 8  # θ at once: their outputs wait in memory together
 _FIELDS = ("alpha", "lam", "omega", "eta", "epsilon")
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What one θ selects: ``rows`` [k] of the score table, in no order, and their ``copies`` [k] int32, positive."""
-
-    rows: NDArray[np.integer]
-    copies: NDArray[np.int32]
-
-    def by_row(self, n: int) -> NDArray[np.int32]:
-        """The copies of all ``n`` documents of the table [n]."""
-        copies = np.zeros(n, dtype=np.int32)
-        copies[self.rows] = self.copies
-        return copies
 
 
 class ScoreIndex:
@@ -74,6 +66,8 @@ class ScoreIndex:
         Raises:
             InputError: as ``count_copies``; float64 scores, which would not give the same q̄ after conversion.
         """
+        if bins < 1:
+            raise InputError(f"bins={bins}; give at least 1")
         scores = np.asarray(normalised)
         if scores.dtype != np.float32:
             raise InputError(f"normalised: type {scores.dtype}; an index holds float32, so convert the scores first")
@@ -137,6 +131,7 @@ class ScoreIndex:
     ) -> list[Selection]:
         for theta in thetas:
             self._check(theta.n_domains, theta.n_scorers, method, ties)
+            require_drawable(theta, thin)
         work = self._workspace()
         n_domains, exact = self.totals.tokens.size, method == "exact"
         fields = [np.stack([getattr(theta, name) for theta in thetas]) for name in _FIELDS]

@@ -37,6 +37,8 @@ from quadmix_plugin.store import Step
 
 logger = logging.getLogger(__name__)
 
+_WORTH_AN_INDEX = 200_000  # documents; below, one pass over all of them takes milliseconds
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -78,8 +80,8 @@ class ProxyTable:
         return cls(table.doc_ids, table.domain_ids, table.tokens, normalised, table.domains, table.scorers)
 
     def index(self, draws: Draws) -> ScoreIndex | None:
-        """The table laid out for many θ; None where ranks are of a subset, which an index does not know."""
-        if draws.method == "subset":
+        """The table laid out for many θ; None where that does not pay, or ranks are of a subset of documents."""
+        if draws.method == "subset" or self.tokens.size < _WORTH_AN_INDEX:
             return None
         return ScoreIndex.of(
             self.normalised, self.domain_ids, self.tokens, self.doc_ids, draws.seed, draws.bins, len(self.domains)
@@ -247,8 +249,8 @@ class _Data:
         """The copies of every document of the table under θ."""
         draws, table = self.draws, self.table
         stream = stream if draws.independent else 0
-        if self.index is not None and draws.method != "subset":
-            chosen = self.index.select(theta, draws.method, draws.ties, draws.thin, stream)
+        if self.index is not None:
+            chosen = self.index.select(theta, draws.method, draws.ties, draws.thin, stream)  # type: ignore[arg-type]
             return chosen.by_row(table.tokens.size)
         return count_copies(
             table.normalised,
@@ -257,8 +259,9 @@ class _Data:
             table.doc_ids,
             theta,
             draws.seed,
-            "subset",
+            draws.method,
             draws.ties,
+            draws.bins,
             subset_documents=draws.subset_documents,
             subset_per_domain=draws.subset_per_domain,
             thin=draws.thin,

@@ -162,6 +162,12 @@ def test_ranks_values_and_methods_outside_their_range_are_refused() -> None:
         arrays.draw_copies([-1.0, 0.5], [1, 2], 0)
     with pytest.raises(InputError, match="needs doc_ids"):
         arrays.quality_rank([0.5], [0], [1], "hash")
+    with pytest.raises(InputError, match="bins=0"):
+        arrays.count_copies(*corpus(9, 4), theta, bins=0)
+    many = Parameters([[1.0, 0.0, 0.0]] * 4, [1000.0] * 4, [1.0] * 4, [40.0] * 4, [0.0] * 4)
+    for method in ("exact", "histogram"):
+        with pytest.raises(InputError, match="above int32"):
+            arrays.count_copies(*corpus(9, 4), many, method=method)
     with pytest.raises(InputError, match="'subset' is not computed on a GPU"):
         arrays.count_copies(*corpus(9, 4), theta, method="subset")
 
@@ -212,6 +218,16 @@ def test_a_frame_gives_its_columns_and_takes_the_copies(library) -> None:
     frame = arrays.to_cudf(frame, copies=copies)
     got = arrays.to_host(frame["copies"].values)
     np.testing.assert_array_equal(got, reference(corner_table(), theta))
+
+
+def test_scores_may_be_of_any_number_type() -> None:
+    _, domains, tokens, doc_ids = corner_table()
+    scores = np.random.default_rng(0).integers(0, 9, (3000, 3))
+    theta = CORNERS["much by chance"]
+    expected = arrays.count_copies(scores.astype(np.float64), domains, tokens, doc_ids, theta)
+    for kind in (np.float16, np.int64, np.uint8):
+        copies = arrays.count_copies(scores.astype(kind), domains, tokens, doc_ids, theta)
+        np.testing.assert_array_equal(copies, expected)
 
 
 def test_a_frame_with_a_missing_score_is_refused() -> None:
@@ -389,6 +405,12 @@ def test_an_index_refuses_what_it_cannot_hold(indexed) -> None:
         next(index.select_many(thetas, method="exact"))
     with pytest.raises(InputError, match="3 domains and 3 scorers"):
         next(index.select_many(sample_parameters(1, 3, 3, seed=0)))
+    with pytest.raises(InputError, match="bins=0"):
+        DeviceIndex.of(scores, domains, tokens, doc_ids, bins=0)
+    n_domains = thetas[0].n_domains
+    many = Parameters([[1.0, 0.0, 0.0]] * n_domains, *([number] * n_domains for number in (1000.0, 1.0, 40.0, 0.0)))
+    with pytest.raises(InputError, match=r"up to 1.1e\+12 copies"):
+        next(index.select_many([many]))
     with pytest.raises(InputError, match="CUDA"):
         DeviceIndex.of(scores, domains, tokens, doc_ids, device="cpu" if ON_GPU else "cuda")
 
@@ -401,4 +423,4 @@ def test_ids_are_hashed_on_the_device_as_elsewhere() -> None:
     on = device_index._device(None)
     for seed in (0, 3, 2**70):
         got = device_index._hashes(ids, seed, on).cpu().numpy().view(np.uint64)
-        np.testing.assert_array_equal(got, hashing._mix(ids.view(np.uint64) + np.uint64(arrays.splitmix64_step(seed))))
+        np.testing.assert_array_equal(got, hashing.mix64(ids.view(np.uint64) + np.uint64(hashing.splitmix64_step(seed))))

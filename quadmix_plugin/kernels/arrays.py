@@ -12,17 +12,7 @@ import numpy as np
 
 from quadmix_plugin import arguments
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.hashing import (
-    _GOLDEN,
-    _MASK,
-    _SEED_STRIDE,
-    _TIES,
-    DocIds,
-    _integer_ids,
-    _mix,
-    hash64,
-    unit_interval,
-)
+from quadmix_plugin.hashing import TIES_STREAM, DocIds, hash64, integer_ids, mix64, splitmix64_step, unit_interval
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.rank_map import Ties, check_ties
 from quadmix_plugin.rank_states import BINS, Grid
@@ -52,7 +42,7 @@ def to_host(array: Any) -> Any:
 def merge_quality(normalised: Any, domain_ids: Any, theta: Parameters) -> Any:
     """Eq. 1 as ``ranking.merge_quality``: shapes, result and errors are the same."""
     xp = array_namespace(normalised, domain_ids)
-    ids, scores = require_domain_ids(xp, domain_ids, theta.n_domains), xp.asarray(normalised)
+    ids, scores = require_domain_ids(xp, domain_ids, theta.n_domains), _floats(xp, normalised)
     if scores.ndim != 2 or scores.shape != (ids.size, theta.n_scorers):
         raise InputError(
             f"normalised: shape {scores.shape}; give one row for each of the {ids.size} documents and one column "
@@ -79,7 +69,7 @@ def quality_rank(
         raise InputError("ties='hash' needs doc_ids: equal merged quality is ordered by their hash")
     hashes = hash_ids(xp, doc_ids, seed)
     arguments.require_one_length(merged=values, doc_ids=hashes)
-    return _exact_ranks(xp, values, ids, weights, ties, splitmix64(hashes, _TIES))
+    return _exact_ranks(xp, values, ids, weights, ties, splitmix64(hashes, TIES_STREAM))
 
 
 def sampling_value(rank: Any, domain_ids: Any, theta: Parameters) -> Any:
@@ -99,12 +89,6 @@ def draw_copies(value: Any, doc_ids: DocIds, seed: int, stream: int = 0) -> Any:
     """The draw as ``sampling.draw_copies``: shapes, result and errors are the same."""
     xp = array_namespace(value, doc_ids)
     values = xp.asarray(value, dtype=np.float64)
-    bad = ~((values >= 0) & (values < np.iinfo(np.int32).max))
-    if bad.any():
-        raise InputError(
-            f"value: {int(bad.sum())} are negative, not finite or above int32, first {float(values[bad][0])}; give "
-            f"what sampling_value returns"
-        )
     hashes = hash_ids(xp, doc_ids, seed)
     if hashes.shape != values.shape:
         raise InputError(f"value {values.shape} and doc_ids {hashes.shape} must be of one length")
@@ -134,11 +118,13 @@ def count_copies(
         raise InputError(f"method={method!r} is not computed on a GPU; choose 'exact', or give arrays of numpy")
     xp = array_namespace(normalised, domain_ids, tokens, doc_ids)
     ids, weights = require_domain_ids(xp, domain_ids, theta.n_domains), require_tokens(xp, tokens)
-    scores = xp.asarray(normalised)
+    if bins < 1:
+        raise InputError(f"bins={bins}; give at least one")
+    scores = _floats(xp, normalised)
     merged = merge_quality(scores, ids, theta)
     hashes = hash_ids(xp, doc_ids, seed)
     arguments.require_one_length(normalised=merged, tokens=weights, doc_ids=hashes)
-    tie = splitmix64(hashes, _TIES) if ties == "hash" else None
+    tie = splitmix64(hashes, TIES_STREAM) if ties == "hash" else None
     if method == "exact":
         rows, ranks = xp.arange(ids.size), _exact_ranks(xp, merged, ids, weights, ties, tie)
     else:
@@ -150,18 +136,13 @@ def count_copies(
 
 def hash_ids(xp: Any, doc_ids: DocIds, seed: int = 0) -> Any:
     """``hashing.hash64`` as an array of ``xp``; integer ids are hashed where the result is."""
-    integers = _integer_ids(doc_ids)
+    integers = integer_ids(doc_ids)
     return xp.asarray(hash64(doc_ids, seed)) if integers is None else splitmix64(xp.asarray(integers), seed)
 
 
 def splitmix64(values: Any, seed: int) -> Any:
     """``hashing.splitmix64`` without numba."""
-    return _mix(values + np.uint64(splitmix64_step(seed)))
-
-
-def splitmix64_step(seed: int) -> int:
-    """What splitmix64 adds to a value under this seed, in [0, 2^64)."""
-    return (int(seed) * _SEED_STRIDE + _GOLDEN) & _MASK
+    return mix64(values + np.uint64(splitmix64_step(seed)))
 
 
 def require_domain_ids(xp: Any, domain_ids: Any, n_domains: int | None = None) -> Any:
@@ -204,6 +185,12 @@ def from_cudf(frame: Any, columns: Sequence[str]) -> Any:
 def to_cudf(frame: Any, **columns: Any) -> Any:
     """A frame of cudf (or pandas) with more columns, arrays [n] on its device."""
     return frame.assign(**columns)
+
+
+def _floats(xp: Any, values: Any) -> Any:
+    """float32 and float64 as they are, anything else as float64."""
+    array = xp.asarray(values)
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
 
 
 def _sums(xp: Any, groups: Any, weights: Any, n_groups: int) -> Any:
@@ -301,5 +288,11 @@ def _value(xp: Any, ranks: Any, rows: Any, ids: Any, theta: Parameters) -> Any:
 
 def _draw(xp: Any, value: Any, hashes: Any) -> Any:
     """floor(S) + [u < S − floor(S)] as int32."""
+    bad = ~((value >= 0) & (value < np.iinfo(np.int32).max))
+    if bad.any():
+        raise InputError(
+            f"value: {int(bad.sum())} are negative, not finite or above int32, first {float(value[bad][0])}; give what "
+            f"sampling_value returns, and θ of smaller eta or epsilon if it is that large"
+        )
     whole = xp.floor(value)
     return (whole + (unit_interval(hashes) < value - whole)).astype(np.int32)

@@ -142,22 +142,46 @@ def in_bins_upto(merged: Any, domain: Any, low: Any, scale: Any, n_bins: int, la
 
 
 @_jit
+def _is_after(q: Any, tie: Any, i: int, j: int) -> bool:
+    return q[i] > q[j] or (q[i] == q[j] and tie[i] > tie[j])
+
+
+@_jit
 def _sort_segment(q: Any, other: Any, tie: Any, start: int, end: int) -> None:
-    """Sorts [start, end) by q̄, then tie, carrying ``other``; insertion where short."""
-    if end - start <= 24:
+    """Sorts [start, end) by q̄, then tie, carrying ``other``: by insertion where short, else a heap sort."""
+    n = end - start
+    if n <= 24:
         for i in range(start + 1, end):
-            a, o, t = q[i], other[i], tie[i]
-            j = i - 1
-            while j >= start and (q[j] > a or (q[j] == a and tie[j] > t)):
-                q[j + 1], other[j + 1], tie[j + 1] = q[j], other[j], tie[j]
-                j -= 1
-            q[j + 1], other[j + 1], tie[j + 1] = a, o, t
+            for j in range(i, start, -1):
+                if not _is_after(q, tie, j - 1, j):
+                    break
+                _swap(q, other, tie, j - 1, j)
         return
-    by_tie = np.argsort(tie[start:end], kind="mergesort")
-    order = by_tie[np.argsort(q[start:end][by_tie], kind="mergesort")]
-    q[start:end] = q[start:end][order]
-    other[start:end] = other[start:end][order]
-    tie[start:end] = tie[start:end][order]
+    for root in range(n // 2 - 1, -1, -1):
+        _sift_down(q, other, tie, start, root, n)
+    for last in range(n - 1, 0, -1):
+        _swap(q, other, tie, start, start + last)
+        _sift_down(q, other, tie, start, 0, last)
+
+
+@_jit
+def _swap(q: Any, other: Any, tie: Any, i: int, j: int) -> None:
+    q[i], q[j] = q[j], q[i]
+    other[i], other[j] = other[j], other[i]
+    tie[i], tie[j] = tie[j], tie[i]
+
+
+@_jit
+def _sift_down(q: Any, other: Any, tie: Any, start: int, root: int, n: int) -> None:
+    """Restores the heap of the first ``n`` below ``root``."""
+    while 2 * root + 1 < n:
+        child = 2 * root + 1
+        if child + 1 < n and _is_after(q, tie, start + child + 1, start + child):
+            child += 1
+        if not _is_after(q, tie, start + child, start + root):
+            return
+        _swap(q, other, tie, start + root, start + child)
+        root = child
 
 
 @_jit

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from quadmix_plugin.hashing import TIES_STREAM, splitmix64_step
 from quadmix_plugin.kernels.cpu import (
     _SHIFT,
     _UNIT,
@@ -33,7 +34,7 @@ LEAF = 128
 _COARSE = 1024  # bins of the guess
 _ALL = np.uint64(1 << 53)
 _MARGIN = np.uint64(1 << 20)  # of 2^53: 1e-10 copies, far above the rounding of exp and pow
-_TIE_STEP = np.uint64((0x71E5 * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
+_TIE_STEP = np.uint64(splitmix64_step(TIES_STREAM))
 
 DRAW = np.dtype([("whole", np.int64), ("sure", np.uint64), ("maybe", np.uint64)])
 """The draw in a bin: ``whole`` copies, one more for a hash below ``sure``, none more from ``maybe`` on; between the two
@@ -80,9 +81,9 @@ class Work(NamedTuple):
 
     mass: NDArray[np.int64]
     before: NDArray[np.int64]
-    draw: NDArray[Any]
-    asked: NDArray[np.uint8]
-    cell: NDArray[Any]
+    draw: Any
+    asked: Any
+    cell: Any
     ends: NDArray[np.int64]
     at: NDArray[np.int32]
     bin: NDArray[np.int32]
@@ -138,10 +139,12 @@ def _collect(
     """Documents of domain m in bins up to ``last``: place and bin in ``work``, and bins' mass; their number, tokens."""
     scores, best, tokens, _, _, start, _, _, _, _, _, _, _, _, _, _ = leaves
     mass, _, _, _, _, _, at, bin_at, _, _, _, _, _ = work
-    mass[: last + 1] = 0
+    for b in range(last + 1):
+        mass[b] = 0
     limit = np.inf if last >= n_bins - 1 else last + 1.0
     local, which = np.empty(LEAF, dtype=np.float64), np.empty(LEAF + 1, dtype=np.int64)
-    count, total = 0, 0
+    count: int = 0
+    total: Any = 0
     for leaf in range(start[m], start[m + 1]):
         bound = 0.0
         for n in range(alpha.size):
@@ -245,7 +248,8 @@ def _masses_by_sort(leaves: Leaves, alpha: Any, count: int, last: int, ties: int
     """Exact masses of ``count`` members, which are put in order; ``ends`` [b]: where bin b ends."""
     scores, _, tokens, hashes, _, _, _, _, _, _, _, _, _, _, _, _ = leaves
     _, masses, _, _, _, ends, at, bin_at, members, q, place, tie, upto = work
-    ends[: last + 2] = 0
+    for b in range(last + 2):
+        ends[b] = 0
     for k in range(count):
         ends[bin_at[members[k]] + 1] += 1
     for b in range(last + 1):
@@ -384,7 +388,7 @@ def select(
     """
     start = leaves.start
     alpha, lam, omega, eta, epsilon, thin = thetas
-    found = 0
+    found: Any = np.int64(0)  # a literal 0 would compile all it is passed to once more
     for m in range(start.size - 1):
         for t in range(alpha.shape[0]):
             size = (start[m + 1] - start[m]) * LEAF
@@ -392,7 +396,8 @@ def select(
                 if found + size + 1 > out_rows.size:
                     longer = max(2 * out_rows.size, found + size + 1)
                     more_rows, more_copies = np.empty(longer, out_rows.dtype), np.empty(longer, out_copies.dtype)
-                    more_rows[:found], more_copies[:found] = out_rows[:found], out_copies[:found]
+                    for k in range(found):
+                        more_rows[k], more_copies[k] = out_rows[k], out_copies[k]
                     out_rows, out_copies = more_rows, more_copies
                 theta = Theta(alpha[t], lam[t], omega[t], eta[t], epsilon[t], thin)
                 whole, limit = chances(epsilon[t], thin)
