@@ -9,10 +9,20 @@ from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
 
 
-def as_floats(values: ArrayLike) -> NDArray[Any]:
-    """float32 and float64 as they are, anything else as float64."""
-    array = np.asarray(values)
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
+def as_floats(values: ArrayLike, name: str) -> NDArray[Any]:
+    """float32 and float64 as they are, other numbers as float64; an error for what is no array of numbers."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{name}: not an array ({error}); give rows of one length") from error
+    if array.dtype in (np.float32, np.float64):
+        return array
+    if array.size and array.dtype.kind not in "iufO":
+        raise InputError(f"{name}: type {array.dtype}; give numbers")
+    try:
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}; give numbers") from error
 
 
 def require_drawable(theta: Parameters, thin: float = 1.0) -> None:
@@ -25,7 +35,7 @@ def require_drawable(theta: Parameters, thin: float = 1.0) -> None:
         m = int(np.argmax(bad))
         raise InputError(
             f"eta[{m}] = {theta.eta[m]:.6g} and epsilon[{m}] = {theta.epsilon[m]:.6g} give up to {most[m]:.4g} copies "
-            f"of a document; give at most {np.iinfo(np.int32).max - 1:,}"
+            f"of a document, more than int32 holds; give smaller ones"
         )
 
 
@@ -68,6 +78,8 @@ def require_tokens(tokens: ArrayLike) -> NDArray[np.int64]:
     counts = np.asarray(tokens)
     if counts.dtype.kind not in "iu" and counts.size:
         raise InputError(f"tokens: type {counts.dtype}; give integers")
+    if counts.size and counts.dtype == np.uint64 and counts.max() > np.iinfo(np.int64).max:
+        raise InputError(f"tokens: {counts.max()} is beyond int64; give token counts")
     if counts.size and counts.min() <= 0:
         bad = counts <= 0
         raise InputError(f"tokens: {int(bad.sum())} documents have {counts[bad][0]} tokens; drop empty documents first")

@@ -108,6 +108,8 @@ def integer_ids(doc_ids: Any) -> Any:
     elif isinstance(next(iter(doc_ids), None), str):
         return None  # and no fixed-width array of strings, whose size is that of the longest id
     array = np.asarray(doc_ids)
+    if array.ndim != 1:
+        raise InputError(f"doc_id: shape {array.shape}; give one id for each document")
     if array.size == 0:
         return array.astype(np.uint64)
     if array.dtype == np.int64:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import require_domain_ids, require_finite, require_one_length
+from quadmix_plugin.arguments import as_floats, require_domain_ids, require_finite, require_one_length
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import tie_hash
 from quadmix_plugin.rank_states import (
@@ -76,7 +76,7 @@ class RankMap:
         """Every distinct q̄ of these documents, all arrays [n]; ``hashes``: ``tie_hash`` of the ids, for ``hash``."""
         values, ids, weights = documents(merged, domain_ids, tokens)
         totals = Totals.of(ids, weights, int(ids.max()) + 1 if ids.size else 0)
-        return cls("exact", ties, *_sorted_cells(values, ids, weights, _tie(ties, hashes), totals))
+        return cls("exact", ties, *_sorted_cells(values, ids, weights, _tie(ties, hashes, values.size), totals))
 
     @classmethod
     def of_histogram(cls, histogram: RankHistogram, ties: Ties = "paper") -> Self:
@@ -108,7 +108,10 @@ class RankMap:
             return cls.of_histogram(RankHistogram.merge(map(RankHistogram.from_table, rest)), ties)
         if kind == "subset":
             return cls.of_sample(RankSample.merge(map(RankSample.from_table, rest)), ties)
-        return cls.merge(map(cls.from_table, rest))
+        merged = cls.merge(map(cls.from_table, rest))
+        if merged.ties != ties:
+            raise InputError(f"rank map: states made with ties {merged.ties!r}; ask for the same, found {ties!r}")
+        return merged
 
     @classmethod
     def merge(cls, maps: Iterable[Self]) -> Self:
@@ -148,10 +151,10 @@ class RankMap:
         """
         from quadmix_plugin.kernels import cpu
 
-        values = require_finite(np.asarray(merged, dtype=np.float64), "merged")
+        values = require_finite(as_floats(merged, "merged").astype(np.float64, copy=False), "merged")
         ids = require_domain_ids(domain_ids)
         require_one_length(merged=values, domain_ids=ids)
-        tie = _tie(self.ties, hashes)
+        tie = _tie(self.ties, hashes, values.size)
         self.require_known(ids)
         ranks = np.empty(values.size)
         wide = self.of_domains(int(ids.max(initial=-1)) + 1)
@@ -189,7 +192,10 @@ class RankMap:
         A histogram's: how far tokens within the bin that ω falls in can be from even, for documents of the domain's
         spread of lengths; 0 where that bin's ends hold all its tokens. A subset's: that of a random sample of its size.
         """
-        share, totals = np.asarray(omega, dtype=np.float64), self.totals
+        share = np.asarray(omega, dtype=np.float64)
+        if share.size > self.grid.n_domains:
+            return self.of_domains(share.size).expected_error(share)
+        totals = self.totals
         if self.method == "subset":
             k = np.maximum(totals.documents, 1)
             return np.where(totals.documents > 0, np.sqrt(totals.design_effect * share * (1 - share) / k) / share, 1.0)
@@ -261,7 +267,7 @@ def exact_ranks(
     from quadmix_plugin.kernels import cpu
 
     values, ids, weights = documents(merged, domain_ids, tokens)
-    tie, ranks = _tie(ties, hashes), np.empty(values.size)
+    tie, ranks = _tie(ties, hashes, values.size), np.empty(values.size)
     if values.size:
         totals = Totals.of(ids, weights, int(ids.max()) + 1)
         grid = Grid.of_values(values, ids, totals.tokens.size, _bins_for(values.size, totals.tokens.size))
@@ -270,12 +276,14 @@ def exact_ranks(
     return ranks
 
 
-def _tie(ties: str, hashes: Hashes | None) -> Hashes:
+def _tie(ties: str, hashes: Hashes | None, n: int) -> Hashes:
     check_ties(ties)
     if ties != "hash":
         return _NO_HASHES
     if hashes is None:
         raise InputError("ties='hash' needs the hashes of the documents' ids; give tie_hash(hash64(doc_ids, seed))")
+    if hashes.shape != (n,):
+        raise InputError(f"hashes of doc_ids {hashes.shape} and {n} documents must be of one length")
     return hashes
 
 
@@ -291,7 +299,6 @@ def _sorted_cells(values: Array, ids: Ints, weights: Ints, tie: Hashes, totals: 
     n_domains = totals.documents.size
     if values.size:
         grid = Grid.of_values(values, ids, n_domains, _bins_for(values.size, n_domains))
-        values = values + 0.0  # makes -0.0 and 0.0 one value
         ordered = cpu.order_by_cell(values, ids, tie, grid.low, grid.scale, grid.n_bins)
         ids, values, weights, order = cpu.distinct(*ordered, ids, weights)
         tie = order if tie.size else tie

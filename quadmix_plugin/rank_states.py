@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import require_domain_ids, require_finite, require_one_length, require_tokens
+from quadmix_plugin.arguments import as_floats, require_domain_ids, require_finite, require_one_length, require_tokens
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import stream_hash
@@ -92,34 +92,38 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """Per domain [M] int64: ``documents``, ``tokens``, and Σ tokens² as ``squares`` (for the error of a subset)."""
+    """Per domain [M] int64: ``documents``, ``tokens``, and Σ tokens², for the error of a sample of them.
+
+    ``squares`` + 2^32 · ``large_squares``, since the sum of a corpus of books goes beyond int64.
+    """
 
     documents: Ints
     tokens: Ints
     squares: Ints
+    large_squares: Ints
 
     @classmethod
     def of(cls, ids: Ints, tokens: Ints, n_domains: int) -> Self:
         """The totals of these documents."""
         from quadmix_plugin.kernels import cpu
 
-        documents, sums, squares = np.zeros((3, n_domains), dtype=np.int64)
-        cpu.totals(ids, tokens, documents, sums, squares)
-        return cls(documents, sums, squares)
+        sums = np.zeros((4, n_domains), dtype=np.int64)
+        cpu.totals(ids, tokens, *sums)
+        return cls(*sums)
 
     @classmethod
     def merge(cls, parts: Iterable[Self]) -> Self:
         """Of the documents of several; shorter ones lack the last domains."""
         listed = list(parts)
         size = max((part.documents.size for part in listed), default=0)
-        sums = np.zeros((3, size), dtype=np.int64)
+        sums = np.zeros((4, size), dtype=np.int64)
         for part in listed:
             sums[:, : part.documents.size] += part.as_rows()
         return cls(*sums)
 
     def as_rows(self) -> Ints:
-        """[3, M]."""
-        return np.stack([self.documents, self.tokens, self.squares])
+        """[4, M]."""
+        return np.stack([self.documents, self.tokens, self.squares, self.large_squares])
 
     @property
     def mean(self) -> Array:
@@ -129,7 +133,8 @@ class Totals:
     @property
     def design_effect(self) -> Array:
         """By how much unequal lengths raise the variance of a token share, n·Σ tokens² / (Σ tokens)² [M]."""
-        return self.documents * self.squares.astype(np.float64) / np.maximum(self.tokens.astype(np.float64), 1) ** 2
+        squares = self.squares.astype(np.float64) + self.large_squares * 2.0**32
+        return self.documents * squares / np.maximum(self.tokens.astype(np.float64), 1) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +229,8 @@ class RankSample:
         per_domain: bool = True,
     ) -> Self:
         """The subset of these documents, all arrays [n]; ``hashes``: ``hash64`` of the ids."""
+        if limit < 1:
+            raise InputError(f"documents={limit} of the subset; give at least 1")
         values, ids, weights = documents(merged, domain_ids, tokens)
         require_one_length(merged=values, doc_ids=hashes)
         return cls(ids, values, weights, hashes, limit, per_domain)._lowest()
@@ -234,6 +241,11 @@ class RankSample:
         merged: Self | None = None
         for part in parts:
             if merged is not None:
+                if (part.limit, part.per_domain) != (merged.limit, merged.per_domain):
+                    sizes = [
+                        f"{one.limit} {'of each domain' if one.per_domain else 'in all'}" for one in (merged, part)
+                    ]
+                    raise InputError(f"rank subset: states of {' and of '.join(sizes)}; fit them with one FitRank")
                 each = (merged, part)
                 part = cls(  # noqa: PLW2901
                     np.concatenate([one.domain_ids for one in each]),
@@ -276,11 +288,11 @@ def documents(
     merged: ArrayLike, domain_ids: ArrayLike, tokens: ArrayLike, n_domains: int | None = None
 ) -> tuple[Array, Ints, Ints]:
     """q̄, domain ids and token counts of documents, checked; errors as ``quality_rank``."""
-    values = require_finite(np.asarray(merged, dtype=np.float64), "merged")
+    values = require_finite(as_floats(merged, "merged").astype(np.float64, copy=False), "merged")
     weights = require_tokens(tokens)
     ids = require_domain_ids(domain_ids, n_domains)
     require_one_length(merged=values, domain_ids=ids, tokens=weights)
-    return values, ids, weights
+    return values + 0.0, ids, weights  # + 0.0 makes -0.0 and 0.0 one value
 
 
 def _merge_bins(bins: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:
@@ -329,5 +341,5 @@ def facts_of(table: pa.Table, state: str | None = None) -> tuple[Any, Any, dict[
     if "low" in facts:
         grid = Grid(np.array(facts["low"], dtype=float), np.array(facts["high"], dtype=float), facts["n_bins"])
     if "totals" in facts:
-        totals = Totals(*np.array(facts["totals"], dtype=np.int64).reshape(3, -1))
+        totals = Totals(*np.array(facts["totals"], dtype=np.int64).reshape(4, -1))
     return grid, totals, facts

@@ -7,7 +7,7 @@ kept for later documents, see ``rank_map``.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quadmix_plugin.arguments import as_floats, require_domain_ids, require_finite
+from quadmix_plugin.arguments import as_floats, require_domain_ids, require_finite, require_one_length
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import DocIds, hash64, tie_hash
 from quadmix_plugin.kernels import arrays
@@ -30,8 +30,9 @@ def merge_quality(normalised: ArrayLike, domain_ids: ArrayLike, theta: Parameter
         return arrays.merge_quality(normalised, domain_ids, theta)
     from quadmix_plugin.kernels import cpu
 
-    scores = as_floats(normalised)
+    scores = as_floats(normalised, "normalised")
     ids = require_domain_ids(domain_ids, theta.n_domains)
+    require_one_length(domain_ids=ids)
     if scores.ndim != 2 or scores.shape != (ids.size, theta.n_scorers):
         raise InputError(
             f"normalised: shape {scores.shape}; give one row for each of the {ids.size} documents and one column "

@@ -32,7 +32,7 @@ def sampling_value(rank: ArrayLike, domain_ids: ArrayLike, theta: Parameters) ->
         return arrays.sampling_value(rank, domain_ids, theta)
     from quadmix_plugin.kernels import cpu
 
-    ranks = np.asarray(rank, dtype=np.float64)
+    ranks = as_floats(rank, "rank").astype(np.float64, copy=False)
     ids = require_domain_ids(domain_ids, theta.n_domains)
     require_one_length(rank=ranks, domain_ids=ids)
     if ranks.size and not (ranks.min() > 0 and ranks.max() <= 1):  # NaN fails as well
@@ -54,7 +54,7 @@ def draw_copies(value: ArrayLike, doc_ids: DocIds, seed: int, stream: int = 0) -
     """
     if arrays.on_device(value, doc_ids):
         return arrays.draw_copies(value, doc_ids, seed, stream)
-    values = np.asarray(value, dtype=np.float64)
+    values = as_floats(value, "value").astype(np.float64, copy=False)
     if values.size and not (values.min() >= 0 and values.max() < np.iinfo(np.int32).max):
         bad = values[~((values >= 0) & (values < np.iinfo(np.int32).max))]
         raise InputError(
@@ -113,7 +113,7 @@ def count_copies(
 
     require_drawable(theta, thin)
     ids, weights = require_domain_ids(domain_ids, theta.n_domains), require_tokens(tokens)
-    scores = as_floats(normalised)
+    scores = as_floats(normalised, "normalised")
     merged = merge_quality(scores, ids, theta)
     hashes = hash64(doc_ids, seed)
     require_one_length(normalised=merged, tokens=weights, doc_ids=hashes)
@@ -146,5 +146,5 @@ def exact_tail(
     """``ranks`` made exact wherever r̄ <= ω is possible: only those documents are sorted."""
     last = histogram.last_bins(theta.omega)
     rows = histogram.grid.rows_upto(last, merged, ids)
-    tail = RankMap.exact(merged[rows], ids[rows], tokens[rows], ranks.ties, tie[rows] if tie.size else None)
+    tail = RankMap.exact(merged[rows], ids[rows], tokens[rows], ranks.ties, tie[rows] if ranks.ties == "hash" else None)
     return ranks.with_exact_tail(tail, last)

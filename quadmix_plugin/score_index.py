@@ -113,6 +113,8 @@ class ScoreIndex:
         threads: int = 1,
     ) -> Iterator[Selection]:
         """The selections of many θ in order, a few in memory at once; ``streams``: of each θ, as in ``select``."""
+        if streams is not None and len(streams) != len(thetas):
+            raise InputError(f"streams: {len(streams)} for {len(thetas)} parameters; give one for each, or none")
         if streams is None:
             jobs = [(thetas[i : i + _BLOCK], 0) for i in range(0, len(thetas), _BLOCK)]
         else:

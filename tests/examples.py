@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from quadmix_plugin.parameters import Parameters
 
 EXAMPLES = int(os.environ.get("QUADMIX_EXAMPLES", "1000"))
+FEWER = max(1, EXAMPLES // 4)  # of what the equations' own tests cover again, or what takes many steps an example
 
 TIES = ("paper", "mid", "hash")
 VALUES = ("few", "equal", "integers", "normal", "clipped", "tiny", "huge", "spread", "crowd", "neighbours")

@@ -423,4 +423,6 @@ def test_ids_are_hashed_on_the_device_as_elsewhere() -> None:
     on = device_index._device(None)
     for seed in (0, 3, 2**70):
         got = device_index._hashes(ids, seed, on).cpu().numpy().view(np.uint64)
-        np.testing.assert_array_equal(got, hashing.mix64(ids.view(np.uint64) + np.uint64(hashing.splitmix64_step(seed))))
+        np.testing.assert_array_equal(
+            got, hashing.mix64(ids.view(np.uint64) + np.uint64(hashing.splitmix64_step(seed)))
+        )

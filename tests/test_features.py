@@ -11,7 +11,6 @@ from quadmix_plugin.parameters import Parameters, ParameterSpace, sample_paramet
 from quadmix_plugin.ranking import merge_quality, quality_rank
 from quadmix_plugin.sampling import sampling_value
 from quadmix_plugin.schema import ScoreTable
-from quadmix_plugin.search import features as module
 from quadmix_plugin.search.features import (
     FeatureMap,
     derived_features,

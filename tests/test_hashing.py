@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import GOLDEN, MASK, hash_of, splitmix64, tie_of
 
-from examples import EXAMPLES
+from examples import EXAMPLES, FEWER
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, stream_hash, tie_hash, uniform, unit_interval
 
@@ -44,7 +44,7 @@ def test_xxhash64_gives_the_published_outputs() -> None:
         assert hash64([text], seed)[0] == digest, text
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(st.lists(INT64, min_size=1, max_size=20), st.integers(-5, 2**70))
 def test_integer_ids_hash_alike_in_every_container(ids: list[int], seed: int) -> None:
     expected = [hash_of(i, seed) for i in ids]
@@ -62,7 +62,7 @@ def test_narrow_integers_hash_like_wide_ones() -> None:
     assert hash64([5], np.int64(2**62))[0] == hash64([5], 2**62)[0]
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=20), st.integers(0, 2**64 - 1))
 def test_string_ids_hash_alike_in_every_container(ids: list[str], seed: int) -> None:
     import xxhash
@@ -97,7 +97,7 @@ def test_hashing_leaves_the_ids_as_they_are() -> None:
     assert hashes.tolist() == before.tolist()
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(st.lists(INT64, min_size=1, max_size=20), st.integers(0, 2**70), st.integers(-(2**65), 2**65))
 def test_streams_and_ties_are_hashes_of_the_hash(ids: list[int], seed: int, stream: int) -> None:
     # Pinned: a later version that hashed otherwise would draw other documents from the same recipe.
@@ -184,7 +184,6 @@ def test_bad_ids_are_refused_with_value_and_remedy(ids, says: str) -> None:
         hash64(ids)
 
 
-@pytest.mark.xfail(strict=True, reason="numba's TypingError, no InputError")
 def test_ids_in_a_table_of_rows_and_columns_are_refused() -> None:
     with pytest.raises(InputError, match=r"doc_id.*\(2, 2\)"):
         hash64(np.ones((2, 2), dtype=np.int64))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples import EXAMPLES, Documents, documents, numbers, parameters
+from examples import FEWER, Documents, documents, numbers, parameters
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, tie_hash, unit_interval
@@ -55,7 +55,7 @@ def in_any_tree(states: list, seed: int):
 # Grid
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(40, 5, 3, np.float32), SEED, st.sampled_from([1, 7, 4096]))
 def test_a_grid_holds_every_q_that_eq_1_gives(data, seed: int, n_bins: int) -> None:
     theta = parameters(np.random.default_rng(seed), 3, 5)
@@ -85,7 +85,7 @@ def test_a_grid_of_other_domains_or_scorers_is_refused() -> None:
         Grid.of(theta, summary)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.sampled_from([1, 2, 7, 64, 4096]), SEED)
 def test_bins_never_fall_as_q_grows_and_rows_upto_are_those_in_them(data, n_bins: int, seed: int) -> None:
     grid = grid_of(data, n_bins)
@@ -120,7 +120,7 @@ def test_grids_are_the_same_when_all_bins_are() -> None:
 # Totals
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), PARTS, SEED)
 def test_totals_are_sums_and_merge_to_those_of_all(data, parts: int, seed: int) -> None:
     data = data._replace(tokens=data.tokens % (1 << 20) + 1)
@@ -134,7 +134,8 @@ def test_totals_are_sums_and_merge_to_those_of_all(data, parts: int, seed: int) 
     assert merged.as_rows().tolist() == whole.as_rows().tolist()
     for m in range(N_DOMAINS):
         tokens = [int(w) for w in data.tokens[data.domain_ids == m]]
-        found = [int(column[m]) for column in (whole.documents, whole.tokens, whole.squares)]
+        squares = int(whole.squares[m]) + (int(whole.large_squares[m]) << 32)
+        found = [int(whole.documents[m]), int(whole.tokens[m]), squares]
         assert found == [len(tokens), sum(tokens), sum(w * w for w in tokens)]
         if tokens:
             assert whole.mean[m] == pytest.approx(sum(tokens) / len(tokens))
@@ -150,7 +151,6 @@ def test_totals_of_nothing_and_of_equal_lengths() -> None:
     assert totals.mean.tolist() == [5.0, 0.0, 9.0]
 
 
-@pytest.mark.xfail(strict=True, reason="Σ tokens² overflows int64")
 def test_the_design_effect_of_whole_books_is_still_that() -> None:
     # 10 million documents of a million tokens each: Σ tokens² is beyond int64.
     books = Totals.merge([Totals.of(np.zeros(10, int), np.full(10, 10**9), 1)] * 4)
@@ -160,7 +160,7 @@ def test_the_design_effect_of_whole_books_is_still_that() -> None:
 # RankHistogram
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.sampled_from([1, 3, 16, 4096]))
 def test_a_histogram_is_the_plain_loops(data, n_bins: int) -> None:
     grid = grid_of(data, n_bins)
@@ -176,7 +176,7 @@ def test_a_histogram_is_the_plain_loops(data, n_bins: int) -> None:
         assert found == [w.sum(), q.min(), q.max(), w[q == q.min()].sum(), w[q == q.max()].sum()]
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.sampled_from([1, 3, 64]), PARTS, SEED)
 def test_histograms_merge_to_the_same_bits_in_any_order(data, n_bins: int, parts: int, seed: int) -> None:
     data = data._replace(values=data.values + 0.0)  # for -0.0 there is a test of its own
@@ -191,7 +191,7 @@ def test_histograms_merge_to_the_same_bits_in_any_order(data, n_bins: int, parts
     assert before == [state.bins.tobytes() for state in states]  # what is merged stays as it was
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.sampled_from([1, 3, 16, 4096]), SEED)
 def test_beyond_the_last_bin_no_document_is_in_the_window(data, n_bins: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -210,7 +210,6 @@ def test_beyond_the_last_bin_no_document_is_in_the_window(data, n_bins: int, see
         assert histogram.bins["tokens"][m, : last[m]].sum() / data.tokens[mine].sum() <= share[m]
 
 
-@pytest.mark.xfail(strict=True, reason="the sign of zero depends on the order")
 @pytest.mark.parametrize("n_bins", [1, 64])
 def test_zero_of_either_sign_leaves_the_same_bits(n_bins: int) -> None:
     grid = Grid(np.zeros(1), np.ones(1), n_bins)
@@ -240,7 +239,7 @@ def ids_of(sample: RankSample) -> set[int]:
     return set(sample.hashes.tolist())
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.integers(1, 70), st.booleans())
 def test_a_subset_is_of_so_many_documents_with_all_their_columns(data, limit: int, per_domain: bool) -> None:
     sample = sample_of(data, limit, per_domain)
@@ -258,7 +257,7 @@ def test_a_subset_is_of_so_many_documents_with_all_their_columns(data, limit: in
     assert ids_of(sample) >= ids_of(sample_of(data, max(1, limit // 2), per_domain))  # a larger one holds a smaller
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(60), st.sampled_from([1, 3, 20]), st.booleans(), PARTS, SEED)
 def test_subsets_merge_to_the_same_bits_in_any_order(data, limit: int, per_domain: bool, parts: int, seed: int) -> None:
     whole = sample_of(data, limit, per_domain).to_table()
@@ -287,7 +286,6 @@ def test_no_subsets_do_not_merge() -> None:
         RankSample.merge([])
 
 
-@pytest.mark.xfail(strict=True, reason="the limit of the last one is taken in silence")
 def test_subsets_of_different_rules_do_not_merge() -> None:
     states = [RankSample.of([1.0], [0], [1], hash64([i]), *how) for i, how in enumerate([(5, True), (3, True)])]
     with pytest.raises(InputError, match=r"subset.*5.*3"):
@@ -349,14 +347,12 @@ def test_hashes_of_another_number_than_the_documents_are_refused() -> None:
         RankSample.of([1.0], [0], [1], hash64([1, 2]))
 
 
-@pytest.mark.xfail(strict=True, reason="a grid of no bins is made, and kernels write past it")
 @pytest.mark.parametrize("n_bins", [0, -1])
 def test_a_grid_without_bins_is_refused(n_bins: int) -> None:
     with pytest.raises(InputError, match=f"bins.*{n_bins}"):
         Grid(np.zeros(1), np.ones(1), n_bins)
 
 
-@pytest.mark.xfail(strict=True, reason="an empty subset gives every document rank 1")
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_subset_of_no_documents_is_refused(limit: int) -> None:
     with pytest.raises(InputError, match=f"{limit}"):

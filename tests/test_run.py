@@ -59,8 +59,8 @@ def _results(out: Path) -> dict[str, bytes]:
 
 def test_run_leaves_every_artifact_and_verifies(finished: Path) -> None:
     names = (
-        "recipe.yaml provenance.json report.html normalise/normaliser.json normalise/domains.json proxies/losses.parquet "
-        "proxies/curves.parquet "
+        "recipe.yaml provenance.json report.html normalise/normaliser.json normalise/domains.json "
+        "proxies/losses.parquet proxies/curves.parquet "
         "proxies/noise.json search/theta.json search/metrics.json search/predictions.parquet search/regressor.txt "
         "selection/theta.json selection/rank_map.parquet selection/baselines.parquet selection/summary.json "
         "tokens/train.bin tokens/train.idx tokens/random.bin pretrain/results.parquet pretrain/curves.parquet"

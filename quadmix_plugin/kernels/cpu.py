@@ -81,13 +81,14 @@ def value_range(merged: Any, domain: Any, low: Any, high: Any) -> None:
 
 
 @_jit
-def totals(domain: Any, tokens: Any, documents: Any, sums: Any, squares: Any) -> None:
-    """Adds the documents, tokens and tokens² of each domain to arrays [M]."""
+def totals(domain: Any, tokens: Any, documents: Any, sums: Any, squares: Any, large_squares: Any) -> None:
+    """Adds the documents, tokens and tokens² (lower 32 bits, and the rest) of each domain to arrays [M]."""
     for i in range(domain.size):
         m, w = domain[i], tokens[i]
         documents[m] += 1
         sums[m] += w
-        squares[m] += w * w
+        squares[m] += (w * w) & 0xFFFFFFFF
+        large_squares[m] += (w * w) >> 32
 
 
 @_jit
@@ -104,9 +105,9 @@ def score_range(scores: Any, domain: Any, low: Any, high: Any) -> None:
 def bin_of(q: float, low: float, scale: float, n_bins: int) -> int:
     """The bin of q̄; never falls as q̄ grows."""
     position = (q - low) * scale
-    if position < 1.0:
-        return 0
-    return n_bins - 1 if position >= n_bins else int(position)
+    if position >= n_bins:
+        return n_bins - 1
+    return int(position) if position >= 1.0 else 0  # NaN, where the range overflows, is in the first
 
 
 @_jit
