@@ -292,7 +292,7 @@ def documents(
     weights = require_tokens(tokens)
     ids = require_domain_ids(domain_ids, n_domains)
     require_one_length(merged=values, domain_ids=ids, tokens=weights)
-    return values + 0.0, ids, weights  # + 0.0 makes -0.0 and 0.0 one value
+    return values, ids, weights
 
 
 def _merge_bins(bins: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import GOLDEN, MASK, hash_of, splitmix64, tie_of
 
-from examples import EXAMPLES, FEWER
+from examples import FEWER
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, stream_hash, tie_hash, uniform, unit_interval
 
@@ -145,7 +145,7 @@ def test_the_order_within_ties_says_nothing_of_the_draw() -> None:
     assert np.abs(np.histogram(draws, bins=10, range=(0, 1))[0] - 100).max() < 5 * math.sqrt(90)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(st.integers(0, MASK))
 def test_the_unit_interval_is_the_upper_53_bits(value: int) -> None:
     u = unit_interval(np.array([value], dtype=np.uint64))[0]

@@ -65,7 +65,7 @@ def pieces(data, parts: int, seed: int) -> list:
 # Exact
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(), SOME_TIES)
 def test_an_exact_map_gives_the_ranks_of_eq_2(data, ties: str) -> None:
     ranks = exact_map(data, ties)
@@ -145,7 +145,7 @@ def histogram_rank(data, i: int, grid: Grid, ties: str) -> float:
     return (better + share * group) / total
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(documents(25), SOME_TIES, st.sampled_from([1, 2, 5, 64, 4096]))
 def test_a_histogram_ranks_by_the_ends_of_bins_and_evenly_between(data, ties: str, n_bins: int) -> None:
     histogram = histogram_of(data, n_bins)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loops import count, draw, eq_1, eq_2, eq_3, hash_of
 
-from examples import EXAMPLES, TIES, documents, numbers, parameters
+from examples import EXAMPLES, FEWER, TIES, documents, numbers, parameters
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, stream_hash, tie_hash, uniform, unit_interval
 from quadmix_plugin.parameters import Parameters, sample_parameters
@@ -82,7 +82,7 @@ def test_the_draw_is_the_plain_one(rows: list[tuple[float, int]], seed: int, str
     assert copies.tolist() == expected
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=10), st.floats(0, 1), SEED)
 def test_more_expected_copies_never_draw_fewer(values: list[float], more: float, seed: int) -> None:
     # Common random numbers: u is the document's, whatever θ.
@@ -215,7 +215,7 @@ def test_few_values_are_counted_exactly_by_either_method(n_scorers: int) -> None
         assert count_copies(*data, theta, seed, "exact").tolist() == expected
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(
     documents(300, 5, 2, np.float32), SEED, st.sampled_from(METHODS), st.sampled_from(TIES),
     st.sampled_from([1, 2, 16, 1000, 4096]), st.sampled_from([1.0, 0.02, 1.7]), st.sampled_from([0, 1, 77]),

@@ -64,7 +64,7 @@ def test_a_selection_is_that_of_count_copies(data, seed: int, ties: str) -> None
         equal(index.select(theta, method, ties), expected)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=FEWER, deadline=None)
 @given(
     SMALL, SEED, SOME_TIES, st.sampled_from(METHODS), st.sampled_from([1.0, 0.5, 0.02, 1.7, 1e-9]),
     st.sampled_from([0, 1, 77]),

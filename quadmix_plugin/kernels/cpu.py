@@ -97,8 +97,10 @@ def score_range(scores: Any, domain: Any, low: Any, high: Any) -> None:
     for i in range(domain.size):
         m = domain[i]
         for n in range(scores.shape[1]):
-            low[m, n] = min(low[m, n], scores[i, n])
-            high[m, n] = max(high[m, n], scores[i, n])
+            if scores[i, n] < low[m, n]:
+                low[m, n] = scores[i, n]
+            if scores[i, n] > high[m, n]:
+                high[m, n] = scores[i, n]
 
 
 @_jit
@@ -127,7 +129,7 @@ def fill_bins(merged: Any, domain: Any, tokens: Any, low: Any, scale: Any, bins:
     """Adds documents to a histogram ``bins`` [M, B] of BIN."""
     n_bins = bins.shape[1]
     for i in range(merged.size):
-        m, q = domain[i], merged[i]
+        m, q = domain[i], merged[i] + 0.0  # makes -0.0 and 0.0 one value
         add_to_bin(bins[m, bin_of(q, low[m], scale[m], n_bins)], q, tokens[i])
 
 
@@ -205,7 +207,7 @@ def order_by_cell(merged: Any, domain: Any, tie: Any, low: Any, scale: Any, n_bi
     for i in range(n):
         j = at[key[i]]
         at[key[i]] += 1
-        q[j], rows[j] = merged[i], i
+        q[j], rows[j] = merged[i] + 0.0, i  # makes -0.0 and 0.0 one value
         if hashed:
             t[j] = tie[i]
     for k in range(place.size - 1):
