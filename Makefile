@@ -14,7 +14,7 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP) lint
-	$(BIN)/python -m pytest -m ""
+	QUADMIX_EXAMPLES=10000 $(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -233,9 +233,9 @@ class RankMap:
 
     @property
     def _bins(self) -> Ints:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             at = (self.cells["lowest"] - self.grid.low[self.domain_ids]) * self.grid.scale[self.domain_ids]
-        return np.clip(at, 0, self.grid.n_bins - 1).astype(np.int64)
+        return np.clip(np.nan_to_num(at), 0, self.grid.n_bins - 1).astype(np.int64)
 
     def to_table(self) -> pa.Table:
         """The map as an Arrow table, for ``rank_map.parquet``; the inverse is ``from_table``."""
