@@ -97,10 +97,8 @@ def score_range(scores: Any, domain: Any, low: Any, high: Any) -> None:
     for i in range(domain.size):
         m = domain[i]
         for n in range(scores.shape[1]):
-            if scores[i, n] < low[m, n]:
-                low[m, n] = scores[i, n]
-            if scores[i, n] > high[m, n]:
-                high[m, n] = scores[i, n]
+            low[m, n] = min(low[m, n], scores[i, n])
+            high[m, n] = max(high[m, n], scores[i, n])
 
 
 @_jit
