@@ -153,10 +153,12 @@ def _sort_segment(q: Any, other: Any, tie: Any, start: int, end: int) -> None:
     n = end - start
     if n <= 24:
         for i in range(start + 1, end):
-            for j in range(i, start, -1):
-                if not _is_after(q, tie, j - 1, j):
-                    break
-                _swap(q, other, tie, j - 1, j)
+            value, carried, t = q[i], other[i], tie[i]
+            j = i - 1
+            while j >= start and (q[j] > value or (q[j] == value and tie[j] > t)):
+                q[j + 1], other[j + 1], tie[j + 1] = q[j], other[j], tie[j]
+                j -= 1
+            q[j + 1], other[j + 1], tie[j + 1] = value, carried, t
         return
     for root in range(n // 2 - 1, -1, -1):
         _sift_down(q, other, tie, start, root, n)

@@ -297,16 +297,6 @@ def _masses_by_cells(leaves: Leaves, alpha: Any, count: int, last: int, mean: fl
 
 
 @_jit
-def _decide(mass: float, total: float, m: int, theta: Any, whole: int, limit: Any, h: Any) -> int:
-    """The copies of one document that has ``mass`` tokens of its domain up to it."""
-    _, lam, omega, eta, epsilon, thin = theta
-    r = max(mass / total, TINY)
-    if r <= omega[m]:
-        return _draw((epsilon[m] + _window(r, lam[m], omega[m], eta[m])) * thin, h)
-    return whole + (h >> _SHIFT < limit)
-
-
-@_jit
 def _outside(
     leaves: Leaves, draws: Any, m: int, alpha: Any, n_bins: int, last: int, whole: int, limit: Any, use_luck: bool,
     found: int, out_rows: Any, out_copies: Any,
@@ -359,7 +349,7 @@ def _select_domain(
         _masses_by_sort(leaves, alpha[m], count, last, ties, work)
     else:
         _masses_by_cells(leaves, alpha[m], count, last, means[m], ties, work)
-    b = 0
+    b, last_mass, copies, s = 0, -1.0, 0, 0.0
     for k in range(count):
         i = place[k]
         if exact:
@@ -369,9 +359,14 @@ def _select_domain(
             b = bin_at[members[k]]
         t = draws[i] >> _SHIFT
         if draw[b].sure <= t < draw[b].maybe:
+            if upto[k] != last_mass:  # a tie group shares its S
+                last_mass = upto[k]
+                r = max(last_mass / total, TINY)
+                s = (epsilon[m] + _window(r, lam[m], omega[m], eta[m])) * thin if r <= omega[m] else -1.0
+            copies = _draw(s, draws[i]) if s >= 0.0 else whole + (t < limit)
             out_rows[found] = rows[i]
-            out_copies[found] = _decide(upto[k], total, m, theta, whole, limit, draws[i])
-            found += out_copies[found] > 0
+            out_copies[found] = copies
+            found += copies > 0
     return _outside(leaves, draws, m, alpha[m], n_bins, last, whole, limit, use_luck, found, out_rows, out_copies)
 
 
