@@ -123,7 +123,7 @@ def test_same_selection_inline_and_on_dask(workers: int) -> None:
 
 @pytest.mark.slow
 def test_same_selection_on_ray_data_and_eight_dask_workers() -> None:
-    with DaskExecutor(n_workers=8, memory_limit="700MB") as executor:
+    with DaskExecutor(n_workers=8, memory_limit="2GB") as executor:
         assert _select(executor, _batches(16)) == _expected()
     assert _select(make_executor("ray_data"), _batches(7)) == _expected()
 
