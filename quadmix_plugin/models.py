@@ -1,20 +1,15 @@
-"""Loads labelling models safely and runs them over documents in batches; it knows no scorer and no Curator.
+"""Finds and loads labelling models and tokenizers safely; it knows no scorer and no Curator.
 
 A model is a local folder, or a Hugging Face id with a pinned revision. Only safetensors are read and code that comes
-with a model is never run. Documents are tokenised without padding, grouped by length under a token budget, and
-their results come back in the order of the documents.
+with a model is never run. How a model is run over documents is in ``inference``.
 """
 
-import contextlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
 
@@ -28,12 +23,8 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # never pickles, never code
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.txt", "vocab.json")
 _LONGEST_INPUT = 512  # of the published models
-_CHARACTERS_PER_TOKEN = 8  # more than text has; where it is not, the whole document is tokenised
-
-# A document's score must not depend on the documents beside it. Measured for BERT, DeBERTa and T5 on CPU: one thread,
-# a length that depends on the document alone, and a multiple of 8 rows give the same bits in any company.
-_ROW_MULTIPLE = 8
-_LENGTH_MULTIPLE = 8
+CHARACTERS_PER_TOKEN = 8
+"""More than text has; where it is not, the whole document is tokenised."""
 
 
 def choose_device(device: str) -> str:
@@ -137,14 +128,15 @@ def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:
     read_config(folder)
     weights_path(folder)
     try:
-        model, info = auto_class.from_pretrained(
-            folder,
-            dtype=model_dtype(device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _quiet_transformers():
+            model, info = auto_class.from_pretrained(
+                folder,
+                dtype=model_dtype(device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors, config and shape errors have no common class
         raise InputError(
             f"{folder}: cannot be loaded ({type(error).__name__}: {first_line(error)}); fetch the model again"
@@ -155,6 +147,22 @@ def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:
             f"{type(model).__name__}"
         )
     return model.eval().to(device)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its bars and tables, which say less than our errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def model_dtype(device: str) -> "torch.dtype":
@@ -224,82 +232,12 @@ def encodable(text: str) -> str:
     return text
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Ids of every text with the model's special tokens, truncated, not padded.
-
-    Of a long text only the head is tokenised: cut at white space, and checked to be long enough.
-    """
-    whole = [encodable(text) for text in texts]
-    heads = [head(text, _CHARACTERS_PER_TOKEN * max_length) for text in whole]
-    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
-    options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    ids = tokenizer(heads, **options)["input_ids"] if heads else []
-    for i, (short, text) in enumerate(zip(heads, whole, strict=True)):
-        if len(short) < len(text) and len(ids[i]) < max_length:
-            ids[i] = tokenizer(text, **options)["input_ids"]
-    return ids
-
-
 def head(text: str, characters: int) -> str:
     """The first ``characters`` up to the last white space among them; the whole text when there is none."""
     if len(text) <= characters:
         return text
     parts = text[:characters].rsplit(maxsplit=1)
     return parts[0] if len(parts) > 1 else text
-
-
-def run_batches(
-    ids: Sequence[Sequence[int]],
-    forward: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]",
-    *,
-    pad_id: int,
-    device: str,
-    tokens_per_batch: int,
-) -> NDArray[np.float32]:
-    """``forward(ids [b, t], mask [b, t]) -> [b, k]`` over all documents: float32 [n, k] in the order given.
-
-    A document is padded to the next multiple of 8 tokens, whatever its neighbours are, and a batch to a multiple of
-    8 rows; on the CPU one thread computes. So a document has the same result, to the bit, in every batch.
-    """
-    import torch
-
-    rows: dict[int, NDArray[np.float32]] = {}
-    with torch.inference_mode(), _one_thread(device):
-        for length, batch in _batches([len(i) for i in ids], tokens_per_batch):
-            padded = batch + [batch[-1]] * (-len(batch) % _ROW_MULTIPLE)
-            inputs = torch.full((len(padded), length), pad_id, dtype=torch.long)
-            mask = torch.zeros_like(inputs)
-            for row, i in enumerate(padded):
-                inputs[row, : len(ids[i])] = torch.tensor(ids[i], dtype=torch.long)
-                mask[row, : len(ids[i])] = 1
-            result = forward(inputs.to(device), mask.to(device)).float().cpu().numpy()
-            rows.update(zip(batch, result, strict=False))  # the rows that only fill up the batch are left over
-    return np.stack([rows[i] for i in range(len(ids))]) if ids else np.empty((0, 1), dtype=np.float32)
-
-
-def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[int, list[int]]]:
-    """Padded length and document positions of each batch, longest first, so that too little memory shows at once."""
-    classes: dict[int, list[int]] = defaultdict(list)
-    for i, length in enumerate(lengths):
-        classes[max(1, -(-length // _LENGTH_MULTIPLE)) * _LENGTH_MULTIPLE].append(i)
-    for length in sorted(classes, reverse=True):
-        size = max(1, tokens_per_batch // (length * _ROW_MULTIPLE)) * _ROW_MULTIPLE
-        members = classes[length]
-        for start in range(0, len(members), size):
-            yield length, members[start : start + size]
-
-
-@contextlib.contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def first_line(error: BaseException) -> str:

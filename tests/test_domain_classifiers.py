@@ -4,15 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
-from quadmix_plugin.stages.domain_classifiers.nvidia_domain import NvidiaDomain, read_labels
+from quadmix_plugin.stages.domain_classifiers.nvidia_domain import DOMAINS, NvidiaDomain, build_network, read_labels
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 MODEL = QUICKSTART / "models" / "domain"
+
+
+SWAPPED = {
+    "id2label": {str(i): {0: "Finance", 7: "Adult"}.get(i, label) for i, label in enumerate(DOMAINS)},
+    "label2id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,9 @@ def test_labels_are_the_26_of_the_published_model():
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"id2label": {"0": "A", "2": "B"}}, "id2label"),
         ({"id2label": {"0": "A", "1": "A"}}, "id2label"),
-        ({"id2label": {"0": "A", "1": "B"}}, "does not fit"),
+        ({"id2label": {"0": "A", "1": "B"}}, "label2id has 'Adult' as 0, id2label has 'A'"),
+        ({"id2label": {"0": "A", "1": "B"}, "label2id": None}, "does not fit"),
+        (SWAPPED, "another order, first 'Finance' as 0 in place of 'Adult'"),
         ({"base_model": "somebody/backbone"}, "40 hex"),
     ],
 )
@@ -121,3 +130,36 @@ def test_column_domain_takes_labels_as_text_and_refuses_gaps():
     for gap in (None, "", float("nan")):
         with pytest.raises(InputError, match="topic: row 1"):
             classifier.classify(["Law", gap])
+
+
+def test_probabilities_are_the_softmax_whose_best_label_is_the_domain(classifier, texts):
+    labels, probabilities = classifier.probabilities(texts)
+    assert labels == list(DOMAINS)
+    assert probabilities.shape == (len(texts), 26)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert [labels[m] for m in probabilities.argmax(axis=1)] == classifier.classify(texts)
+    assert classifier.probabilities([])[1].shape == (0, 26)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"), [("microsoft/deberta-v3-base", 128_100), ("microsoft/mdeberta-v3-base", 251_000)]
+)
+def test_the_published_configs_need_no_other_files(tmp_path, base, words):
+    """They name a backbone and do not describe it; the sizes are those of the published weights."""
+    import torch
+
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("backbone")))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"base_model": base}))
+    found = NvidiaDomain(model=str(folder))._backbone_config(folder)
+    with torch.device("meta"):
+        network = build_network(found, 26)
+    sizes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    assert sizes["model.embeddings.word_embeddings.weight"] == (words, 768)
+    assert sizes["model.encoder.rel_embeddings.weight"] == (512, 768)
+    assert sizes["model.encoder.layer.11.intermediate.dense.weight"] == (3072, 768)
+    assert "model.encoder.LayerNorm.weight" in sizes
+    assert not any("position_embeddings" in name or "token_type" in name or "pos_key" in name for name in sizes)
+    assert sizes["fc.weight"] == (26, 768)
+    assert sum(int(np.prod(size)) for size in sizes.values()) == {128_100: 183_851_546, 251_000: 278_238_746}[words]

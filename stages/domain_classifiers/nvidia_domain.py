@@ -9,26 +9,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
 from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.inference import DocumentModel
 
 if TYPE_CHECKING:
     import torch
 
-_CHARACTERS = 2000  # of a document that the published classifier was made to read
+DOMAINS = (
+    "Adult", "Arts_and_Entertainment", "Autos_and_Vehicles", "Beauty_and_Fitness", "Books_and_Literature",
+    "Business_and_Industrial", "Computers_and_Electronics", "Finance", "Food_and_Drink", "Games", "Health",
+    "Hobbies_and_Leisure", "Home_and_Garden", "Internet_and_Telecom", "Jobs_and_Education", "Law_and_Government",
+    "News", "Online_Communities", "People_and_Society", "Pets_and_Animals", "Real_Estate", "Science",
+    "Sensitive_Subjects", "Shopping", "Sports", "Travel_and_Transportation",
+)  # fmt: skip
+"""The labels of the published classifiers, in the order of their ids."""
+
+# The published configs name a backbone and do not describe it. These are its architecture, so that a folder with the
+# published files is enough. Sizes are checked by the weights; what they do not check is what DeBERTa-v3 is.
+_DEBERTA_V3_BASE = {
+    "model_type": "deberta-v2",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "max_relative_positions": -1,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
+_BACKBONES = {
+    "microsoft/deberta-v3-base": {**_DEBERTA_V3_BASE, "vocab_size": 128_100},
+    "microsoft/mdeberta-v3-base": {**_DEBERTA_V3_BASE, "vocab_size": 251_000},
+}
 
 
 @dataclass
-class NvidiaDomain:
+class NvidiaDomain(DocumentModel):
     """Labels each document with the most probable domain, from its first 2000 characters and 512 tokens.
 
+    ``nvidia/domain-classifier`` and ``nvidia/multilingual-domain-classifier`` are of this format. Further options are
+    those of ``DocumentModel``.
+
     Args:
-        model: a local folder, or a hub id with ``revision``.
-        revision: the 40 hex digits of a commit on the hub.
         base_revision: the commit of the backbone whose architecture the config names (``base_model``), needed where
-            neither the config nor a folder inside the model describes it.
-        max_length: tokens of a document that the model sees; by default the tokenizer's limit, at most 512.
-        tokens_per_batch: upper bound of padded tokens in one forward pass.
+            it is none of the published ones and neither the config nor a folder inside the model describes it.
+        characters: of a document that are read.
 
     Raises:
         InputError: no such model, or labels that do not fit its head.
@@ -37,50 +75,37 @@ class NvidiaDomain:
     name: ClassVar[str] = "nvidia-domain"
 
     model: str = "nvidia/domain-classifier"
-    revision: str | None = None
     base_revision: str | None = None
-    max_length: int | None = None
-    tokens_per_batch: int = 16384
-
-    def __post_init__(self) -> None:
-        models.check_source(self.model, self.revision)
-        self._network: Any = None
-        self._tokenizer: Any = None
-        self._labels: list[str] = []
-        self._device = "cpu"
+    characters: int = 2000
 
     def download(self) -> None:
         """Fetches the model into the hub's cache, once per machine."""
         self._backbone_config(models.model_folder(self.model, self.revision))
 
-    def setup(self, device: str) -> None:
-        """Loads the model onto ``device``."""
-        folder = models.model_folder(self.model, self.revision)
-        self._device = models.choose_device(device)
-        self._tokenizer = models.load_transformers_tokenizer(folder)
+    def load_network(self, folder: Path) -> Any:
+        """Backbone and head, with as many outputs as there are labels."""
         self._labels = read_labels(folder)
         network = build_network(self._backbone_config(folder), len(self._labels))
         _load_weights(network, models.weights_path(folder))
-        self._network = network.eval().to(self._device, models.model_dtype(self._device))
+        return network.eval().to(self._device, models.model_dtype(self._device))
+
+    def forward(self, ids: Any, mask: Any) -> Any:
+        """The logits, [b, number of labels]."""
+        return self._network(ids, mask)
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The domain of each text."""
-        ids = models.token_ids(
-            self._tokenizer,
-            [text[:_CHARACTERS] for text in texts],
-            models.input_length(self._tokenizer, self.max_length),
-        )
-        logits = models.run_batches(
-            ids,
-            self._network,
-            pad_id=self._tokenizer.pad_token_id or 0,
-            device=self._device,
-            tokens_per_batch=self.tokens_per_batch,
-        )
-        return [self._labels[m] for m in logits.argmax(axis=1)] if len(ids) else []
+        logits = self.run([text[: self.characters] for text in texts])
+        return [self._labels[m] for m in logits.argmax(axis=1)] if len(texts) else []
+
+    def probabilities(self, texts: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+        """The labels, and the probability of each for every text, float32 [n, number of labels]."""
+        logits = self.run([text[: self.characters] for text in texts])
+        shape = (len(texts), len(self._labels))
+        return self._labels, softmax(logits, axis=1) if len(texts) else np.empty(shape, dtype=np.float32)
 
     def _backbone_config(self, folder: Path) -> Any:
-        """The backbone's architecture: in the model's own config, in a folder beside it, or on the hub."""
+        """The backbone's architecture: in the model's own config, in a folder beside it, known, or on the hub."""
         from transformers import AutoConfig
 
         config = models.read_config(folder)
@@ -88,6 +113,8 @@ class NvidiaDomain:
         place = folder
         if "hidden_size" not in config:
             inside = folder / base
+            if not (base and inside.is_dir()) and base in _BACKBONES:
+                return AutoConfig.for_model(**_BACKBONES[base])
             place = inside if base and inside.is_dir() else models.model_folder(base, self.base_revision)
             models.read_config(place)
         return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
@@ -97,16 +124,28 @@ def read_labels(folder: Path) -> list[str]:
     """The labels of a model by their id, from ``id2label``.
 
     Raises:
-        InputError: none, or ids that are not 0, 1, 2, …
+        InputError: none, ids that are not 0, 1, 2, …, a ``label2id`` that says otherwise, or the published labels in
+            another order, which would give every document a wrong domain.
     """
-    labels = models.read_config(folder).get("id2label") or {}
+    config, place = models.read_config(folder), f"{folder}/config.json"
+    labels = config.get("id2label") or {}
     try:
         by_id = {int(key): str(value) for key, value in labels.items()}
     except ValueError as error:
-        raise InputError(f"{folder}/config.json: id2label has a key that is no number ({error})") from error
+        raise InputError(f"{place}: id2label has a key that is no number ({error})") from error
     if sorted(by_id) != list(range(len(by_id))) or not by_id or len(set(by_id.values())) != len(by_id):
-        raise InputError(f"{folder}/config.json: id2label must name labels 0, 1, 2, … once each, not {labels}")
-    return [by_id[i] for i in range(len(by_id))]
+        raise InputError(f"{place}: id2label must name labels 0, 1, 2, … once each, not {labels}")
+    found = [by_id[i] for i in range(len(by_id))]
+    for label, i in (config.get("label2id") or {}).items():
+        if by_id.get(i) != label:
+            raise InputError(f"{place}: label2id has {label!r} as {i}, id2label has {by_id.get(i)!r}; mend the config")
+    if set(found) == set(DOMAINS) and tuple(found) != DOMAINS:
+        first = next(i for i, label in enumerate(found) if label != DOMAINS[i])
+        raise InputError(
+            f"{place}: the labels of nvidia/domain-classifier in another order, first {found[first]!r} as {first} in "
+            f"place of {DOMAINS[first]!r}; fetch the config again, or rename the labels if the head was trained so"
+        )
+    return found
 
 
 def build_network(config: Any, n_labels: int, dropout: float = 0.0) -> "torch.nn.Module":

@@ -1,11 +1,14 @@
-"""AskLLM (arXiv 2402.09668): a T5 model is asked whether a document is worth training on.
+"""AskLLM (arXiv 2402.09668): a language model is asked whether a document is worth training on.
 
 The score is the probability of a yes-token at the first answer position, over the whole vocabulary. Nothing is
 generated or parsed, so a document that contains instructions can change its own score and nothing else.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,111 +16,173 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.inference import DocumentModel, Ids
 
-_DOCUMENT = "{document}"
-_CHARACTERS_PER_TOKEN = 8  # more than text has; where it is not, the whole document is tokenised
-_PROMPT = (
+PROMPT = (
     "###\n{document}\n###\n\n"
     "Would the text between the two ### lines help to pre-train a language model? A helpful text is well formatted, "
     "teaches something usable about the world, and is not harmful, racist or sexist.\n\nOPTIONS:\n- yes\n- no\n"
 )
+"""The default question, for the T5 family; a decoder is asked the same with ``ANSWER:`` at the end."""
+
+_DOCUMENT = "{document}"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_YES = ("yes", "Yes")
+_YES_OF_DECODERS = ("yes", "Yes", "YES", " yes", " Yes", " YES")
+_LAST_POSITIONS = 32  # the last token is among these: no document is padded by more
 
 
 @dataclass
-class AskLLM:
-    """Scores documents by the yes-probability of a T5 model such as Flan-T5.
+class AskLLM(DocumentModel):
+    """Scores documents by the yes-probability of a language model: the T5 family (Flan-T5) or a causal one.
+
+    Further options are those of ``DocumentModel``; the document is cut to fit into ``max_length``, never the prompt.
 
     Args:
-        model: a local folder, or a hub id with ``revision``.
-        revision: the 40 hex digits of a commit on the hub.
-        prompt: the question; holds ``{document}`` once. ``###`` is removed from documents, since it delimits them.
-        yes_tokens: spellings of yes; those that are a single token of the model count.
-        max_length: tokens of prompt and document together; by default the tokenizer's limit, at most 512. The
-            document is cut to fit, never the prompt.
-        tokens_per_batch: upper bound of padded tokens in one forward pass.
+        prompt: the question; holds ``{document}`` once. By default ``PROMPT``. ``###`` and the model's special tokens
+            are removed from documents, since they delimit them.
+        yes_tokens: spellings of yes; those that are a single token of the model count. By default yes and Yes, and
+            for causal models YES too, each also with a leading space.
+        chat: puts the prompt into the model's chat template, as the user's message.
 
     Raises:
-        InputError: no such model, one that is not encoder-decoder, a prompt without ``{document}`` or longer than
-            ``max_length``, or no spelling of yes that is a single token.
+        InputError: no such model, a prompt without ``{document}`` or longer than ``max_length``, a model without chat
+            template, or no spelling of yes that is a single token.
     """
 
     name: ClassVar[str] = "ask-llm"
     higher_is_better: ClassVar[bool] = True
 
     model: str = "google/flan-t5-large"
-    revision: str | None = None
-    prompt: str = _PROMPT
-    yes_tokens: tuple[str, ...] = ("yes", "Yes")
-    max_length: int | None = None
-    tokens_per_batch: int = 16384
+    prompt: str | None = None
+    yes_tokens: tuple[str, ...] | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
-        models.check_source(self.model, self.revision)
-        if self.prompt.count(_DOCUMENT) != 1:
+        super().__post_init__()
+        if self.prompt is not None and self.prompt.count(_DOCUMENT) != 1:
             raise InputError(
                 f"ask-llm.prompt: holds {_DOCUMENT} {self.prompt.count(_DOCUMENT)} times; write it exactly once"
             )
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._device = "cpu"
+        self._question: Question | None = None
         self._yes_ids: list[int] = []
 
-    def download(self) -> None:
-        """Fetches the model into the hub's cache, once per machine."""
-        models.model_folder(self.model, self.revision)
+    def load_network(self, folder: Path) -> Any:
+        """An encoder-decoder or a causal model; the question in its tokens."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    def setup(self, device: str) -> None:
-        """Loads the model onto ``device``."""
-        from transformers import AutoModelForSeq2SeqLM
-
-        folder = models.model_folder(self.model, self.revision)
-        if not models.read_config(folder).get("is_encoder_decoder", False):
-            raise InputError(f"{folder}: not an encoder-decoder model; give a T5 such as Flan-T5")
-        self._device = models.choose_device(device)
-        self._tokenizer = models.load_transformers_tokenizer(folder)
-        self._yes_ids = self._single_tokens(folder)
-        self._model = models.load_pretrained(AutoModelForSeq2SeqLM, folder, self._device)
-        if (used := len(self._prompt_ids([""])[0])) >= self._limit:
+        config = models.read_config(folder)
+        self._decodes_only = not config.get("is_encoder_decoder", False)
+        kinds = [str(kind) for kind in config.get("architectures") or []]
+        if self._decodes_only and not any(kind.endswith(_CAUSAL) for kind in kinds):
             raise InputError(
-                f"ask-llm.max_length: the prompt alone takes {used} of {self._limit} tokens; raise it or ask shorter"
+                f"{folder}: is of the kind {', '.join(kinds) or 'unknown'}; ask-llm needs an encoder-decoder such as "
+                f"Flan-T5, or a causal model"
             )
+        self._yes_ids = self._single_tokens(folder)
+        self._question = Question(self._tokenizer, self._whole_prompt(folder), self.length, plain=not self.chat)
+        kind = AutoModelForCausalLM if self._decodes_only else AutoModelForSeq2SeqLM
+        network = models.load_pretrained(kind, folder, self._device)
+        self._keeps_last = "logits_to_keep" in signature(network.forward).parameters
+        return network
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of the prompt with each text."""
+        return self._question.ids(texts) if self._question else []
+
+    def forward(self, ids: Any, mask: Any) -> Any:
+        """The probability of the yes-tokens, [b, 1]."""
+        logits = self._answer_of_decoder(ids, mask) if self._decodes_only else self._answer_of_t5(ids, mask)
+        return logits.float().softmax(dim=-1)[:, self._yes_ids].sum(dim=-1, keepdim=True)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The yes-probability of each text, float32 [n] in [0, 1]."""
-        documents = [models.encodable(text).replace("###", "") for text in texts]
-        return models.run_batches(
-            self._question_ids(documents),
-            self._yes_probability,
-            pad_id=self._tokenizer.pad_token_id,
-            device=self._device,
-            tokens_per_batch=self.tokens_per_batch,
-        )[:, 0]
+        return np.clip(self.run(texts)[:, 0], 0.0, 1.0)
 
-    def _yes_probability(self, inputs: Any, mask: Any) -> Any:
+    def _answer_of_t5(self, ids: Any, mask: Any) -> Any:
         import torch
 
-        start = torch.full((len(inputs), 1), self._model.config.decoder_start_token_id, device=inputs.device)
-        output = self._model(input_ids=inputs, attention_mask=mask, decoder_input_ids=start, use_cache=False)
-        probability = output.logits[:, 0].float().softmax(dim=-1)
-        return probability[:, self._yes_ids].sum(dim=-1, keepdim=True)
+        start = torch.full((len(ids), 1), self._network.config.decoder_start_token_id, device=ids.device)
+        return self._network(input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False).logits[:, 0]
 
-    @property
-    def _limit(self) -> int:
-        return models.input_length(self._tokenizer, self.max_length)
+    def _answer_of_decoder(self, ids: Any, mask: Any) -> Any:
+        import torch
 
-    def _question_ids(self, documents: Sequence[str]) -> list[list[int]]:
-        """Ids of the prompt with each document, the document cut at a token boundary where the whole is too long."""
-        kept = [models.head(document, _CHARACTERS_PER_TOKEN * self._limit) for document in documents]
-        ids = self._prompt_ids(kept)
+        width = ids.shape[1]  # logits of a whole vocabulary at every position would fill the memory
+        keep = min(width, _LAST_POSITIONS) if self._keeps_last else width
+        options = {"logits_to_keep": keep} if self._keeps_last else {}
+        logits = self._network(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+        return logits[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1 - (width - keep)]
+
+    def _whole_prompt(self, folder: Path) -> str:
+        """The prompt as the model reads it."""
+        prompt = self.prompt or PROMPT + ("ANSWER:" if self._decodes_only and not self.chat else "")
+        if not self.chat:
+            return prompt
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InputError(f"{folder}: its tokenizer has no chat template; leave ask-llm.chat out")
+        try:
+            message = [{"role": "user", "content": prompt}]
+            text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a model's template raises
+            raise InputError(f"{folder}: its chat template fails ({models.first_line(error)})") from error
+        if text.count(_DOCUMENT) != 1:
+            raise InputError(f"{folder}: its chat template does not hold the user's message once; leave chat out")
+        return text
+
+    def _single_tokens(self, folder: Path) -> list[int]:
+        words = self.yes_tokens or (_YES_OF_DECODERS if self._decodes_only else _YES)
+        spelt = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        ids = {ids[0] for ids in spelt if len(ids) == 1} - {self._tokenizer.unk_token_id}
+        if not ids:
+            raise InputError(
+                f"ask-llm.yes_tokens: none of {', '.join(map(repr, words))} is a single token of {folder}; give "
+                f"spellings that are"
+            )
+        return sorted(ids)
+
+
+class Question:
+    """A prompt around documents, in a tokenizer's ids; a document is cut until both fit, the prompt never.
+
+    Args:
+        tokenizer: of transformers, a fast one.
+        prompt: holds ``{document}`` once.
+        max_length: tokens of prompt and document together.
+        plain: whether the tokenizer adds its special tokens; a chat template has them already.
+
+    Raises:
+        InputError: the prompt alone is longer.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: str, max_length: int, *, plain: bool = True) -> None:
+        self._tokenizer, self._prompt, self._limit, self._plain = tokenizer, prompt, max_length, plain
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        if (used := len(self._tokens([""])[0])) >= max_length:
+            raise InputError(
+                f"ask-llm.max_length: the prompt alone takes {used} of {max_length} tokens; raise it or ask shorter"
+            )
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids int32 of the prompt with each text; the text is cut at a token boundary where the whole is too long."""
+        documents = [self._as_text(text) for text in texts]
+        kept = [models.head(document, models.CHARACTERS_PER_TOKEN * self._limit) for document in documents]
+        ids = self._tokens(kept)
         short = [i for i, row in enumerate(ids) if len(row) < self._limit and len(kept[i]) < len(documents[i])]
         for i in short:
             kept[i] = documents[i]
-            ids[i] = self._prompt_ids([documents[i]])[0]
+            ids[i] = self._tokens([documents[i]])[0]
         while long := [i for i, row in enumerate(ids) if len(row) > self._limit]:
             cut = self._cut([kept[i] for i in long], [len(ids[i]) - self._limit for i in long])
-            for i, document, row in zip(long, cut, self._prompt_ids(cut), strict=True):
+            for i, document, row in zip(long, cut, self._tokens(cut), strict=True):
                 kept[i], ids[i] = document, row
-        return ids
+        return [np.array(row, dtype=np.int32) for row in ids]
+
+    def _as_text(self, document: str) -> str:
+        """Without what delimits documents; a special token inside one would end it."""
+        return self._special.sub(" ", models.encodable(document).replace("###", ""))
 
     def _cut(self, documents: list[str], excess: list[int]) -> list[str]:
         """Each document without its last ``excess`` tokens, and by one character at least."""
@@ -127,19 +192,12 @@ class AskLLM:
             for text, offsets, n in zip(documents, found["offset_mapping"], excess, strict=True)
         ]
 
-    def _prompt_ids(self, documents: Sequence[str]) -> list[list[int]]:
+    def _tokens(self, documents: Sequence[str]) -> list[list[int]]:
         if not documents:
             return []
-        before, _, after = self.prompt.partition(_DOCUMENT)
+        before, _, after = self._prompt.partition(_DOCUMENT)
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
         texts = [before + document + after for document in documents]
-        return self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def _single_tokens(self, folder: Any) -> list[int]:
-        spelt = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in self.yes_tokens]
-        ids = {ids[0] for ids in spelt if len(ids) == 1} - {self._tokenizer.unk_token_id}
-        if not ids:
-            raise InputError(
-                f"ask-llm.yes_tokens: none of {', '.join(map(repr, self.yes_tokens))} is a single token of {folder}; "
-                f"give spellings that are"
-            )
-        return sorted(ids)
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=self._plain)]
