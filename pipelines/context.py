@@ -21,7 +21,8 @@ import yaml
 from nemo_curator.backends.base import BaseExecutor
 from numpy.typing import NDArray
 
-from quadmix_plugin.config import Recipe, differing_keys, dump_recipe
+from quadmix_plugin import registry
+from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, scorer_plugin
 from quadmix_plugin.corpus import CorpusFile, list_files
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
@@ -103,7 +104,12 @@ class Run:
 
     def _section_fingerprint(self, name: str, content: Any) -> Any:
         if name == "scorers":  # their order is that of the columns of α, and JSON would sort it away
-            return [[scorer, _fingerprint(options)] for scorer, options in content.items()]
+            return [
+                [scorer, _fingerprint(options), *_foreign("scorers", scorer_plugin(scorer, options)[0])]
+                for scorer, options in content.items()
+            ]
+        if name == "domain" and (version := _foreign("domain_classifiers", content["classifier"])):
+            return [_fingerprint(content), *version]
         if name == "validation":
             return {**content, "path": _validation_fingerprint(content["path"])}
         return _fingerprint(content)
@@ -262,3 +268,9 @@ def refuse_other_recipe(run: Run) -> None:
 
 def _has_other_key(run: Run, name: str) -> bool:
     return any(key != run.keys[name] for key in run.directory.recorded_keys(name))
+
+
+def _foreign(group: str, name: str) -> list[str]:
+    """Distribution and version of a plug-in that is not of this one: another version may label otherwise."""
+    origin = registry.origin(group, name)
+    return [] if origin["distribution"] == "quadmix-plugin" else [origin["distribution"], origin["version"]]

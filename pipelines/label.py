@@ -12,9 +12,11 @@ from quadmix_plugin.config import scorer_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.pipelines.context import Run
-from quadmix_plugin.schema import DOC_ID, DOMAIN, TEXT, TOKENS, score_column
+from quadmix_plugin.schema import DOC_ID, DOMAIN, DOMAIN_TOP, DOMAIN_TOP_PROBABILITY, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
+from quadmix_plugin.stages.count_tokens import ESTIMATE_ERROR
 from quadmix_plugin.store import merge_counts
+from quadmix_plugin.token_counts import estimate_error
 
 # Curator's default engine takes ids that look like times for times, and stops at a key, even one that nobody reads,
 # whose values are of several types.
@@ -36,7 +38,8 @@ def label(run: Run) -> None:
     found = inspect(
         run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows, columns_read(stages)
     )
-    columns = [DOC_ID, DOMAIN, TOKENS, *map(score_column, run.scorers)]
+    top = [DOMAIN_TOP, DOMAIN_TOP_PROBABILITY] if recipe.domain.top_k else []
+    columns = [DOC_ID, DOMAIN, *top, TOKENS, *map(score_column, run.scorers)]
     done = frozenset(entry.path.removeprefix("labels/").removesuffix(".parquet") for entry in step.entries())
     run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], done)
     totals = merge_counts(entry.facts for entry in step.entries())
@@ -47,15 +50,25 @@ def label(run: Run) -> None:
         )
     if not totals["rows_kept"]:
         raise InputError(f"{run.corpus_files[0].path}: no usable document; dropped {totals['dropped']}")
+    if recipe.tokenizer.estimate:
+        error = estimate_error(entry.facts[ESTIMATE_ERROR] for entry in step.entries())
+        totals[ESTIMATE_ERROR] = error
+        totals["headline"] = (
+            f"token counts are estimates: off by {error['mean_error']:.1%} a document and {error['bias']:+.1%} in sum, "
+            f"measured on {error['documents']:,} documents"
+        )
+    totals["plugins"] = {
+        stage.name: stage.facts() for stage in stages if isinstance(stage, DomainClassify | QualityScore)
+    }
     step.finish(**totals, seconds=round(time.monotonic() - started, 2), files=len(run.corpus_files))
 
 
 def label_stages(run: Run) -> list[ProcessingStage]:
     """The labelling stages of the recipe, in order; they can be added to any Curator pipeline."""
     recipe, device = run.recipe, run.recipe.executor.device
-    options = {key: value for key, value in recipe.domain.model_dump().items() if key != "classifier"}
+    domain = recipe.domain
     stages: list[ProcessingStage] = [
-        DomainClassify(classifier=recipe.domain.classifier, options=options, device=device)
+        DomainClassify(classifier=domain.classifier, options=domain.options, top_k=domain.top_k, device=device)
     ]
     for name, given in recipe.scorers.items():
         plugin, rest = scorer_plugin(name, given)
@@ -68,7 +81,8 @@ def label_stages(run: Run) -> list[ProcessingStage]:
                 invalid_scores=recipe.normalise.invalid_scores,
             )
         )
-    stages.append(CountTokens(tokenizer=recipe.tokenizer.model, revision=recipe.tokenizer.revision))
+    tokenizer = recipe.tokenizer
+    stages.append(CountTokens(tokenizer.model, revision=tokenizer.revision, estimate=tokenizer.estimate))
     return stages
 
 

@@ -50,6 +50,8 @@ class Tokenizer(Section):
     revision: str | None = None
     eod: str = "<|endoftext|>"
     """The token that ends a document."""
+    estimate: bool = False
+    """Counts tokens in a sample of each document; the error is measured on every 64th and reported."""
 
 
 class DomainSection(Section):
@@ -57,6 +59,13 @@ class DomainSection(Section):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     classifier: str = "nvidia-domain"
+    top_k: int = Field(default=0, ge=0)
+    """Keeps the so many most probable domains of each document, with their probabilities, in labels/."""
+
+    @property
+    def options(self) -> Options:
+        """The options of the classifier."""
+        return {key: value for key, value in self.model_dump().items() if key not in ("classifier", "top_k")}
 
 
 class Normalise(Section):
@@ -385,8 +394,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 def _check_plugins(recipe: Recipe, path: Path) -> None:
     from quadmix_plugin import registry
 
-    options = {key: value for key, value in recipe.domain.model_dump().items() if key != "classifier"}
-    registry.create("domain_classifiers", recipe.domain.classifier, options, f"{path}: domain")
+    registry.create("domain_classifiers", recipe.domain.classifier, recipe.domain.options, f"{path}: domain")
     for name, given in recipe.scorers.items():
         plugin, rest = scorer_plugin(name, given)
         registry.create("scorers", plugin, rest, f"{path}: scorers.{name}")

@@ -79,6 +79,10 @@ class DocumentModel:
         """Fetches the model into the hub's cache, once per machine."""
         models.model_folder(self.model, self.revision)
 
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the scores needs to know of the model; for the run's provenance."""
+        return {"model": self.model, "revision": self.revision}
+
     def setup(self, device: str) -> None:
         """Loads tokenizer and network onto ``device``.
 
@@ -239,7 +243,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Ids
         return [np.array(encoding.ids, dtype=np.int32) for encoding in backend.encode_batch_fast(some)]
 
     whole = [models.encodable(text) for text in texts]
-    heads = [models.head(text, models.CHARACTERS_PER_TOKEN * max_length) for text in whole]
+    cuts_the_end = tokenizer.truncation_side == "right"
+    heads = [models.head(text, models.CHARACTERS_PER_TOKEN * max_length) for text in whole] if cuts_the_end else whole
     found = ids(heads)
     for i, (short, text) in enumerate(zip(heads, whole, strict=True)):
         if len(short) < len(text) and len(found[i]) < max_length:
@@ -269,7 +274,7 @@ def in_blocks(network: Any) -> Any:
 
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
-            module.forward = blocked(module)
+            module.forward = blocked(module)  # pyright: ignore[reportAttributeAccessIssue]
     return network
 
 

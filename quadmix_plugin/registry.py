@@ -4,7 +4,9 @@ A plug-in is a dataclass whose fields are its options. Built-ins register throug
 package, so the core has no list of them.
 """
 
+import contextlib
 import difflib
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -20,6 +22,15 @@ GROUPS = {
     name: f"quadmix_plugin.{name}" for name in ("scorers", "domain_classifiers", "selectors", "regressors", "trainers")
 }
 
+_MEMBERS = {
+    "scorers": ("higher_is_better", "setup", "score"),
+    "domain_classifiers": ("setup", "classify"),
+    "selectors": ("select",),
+    "regressors": ("fit", "predict", "to_text"),
+    "trainers": ("context", "train"),
+}
+"""What a class of each group must have; docs/plugins.md says what each does."""
+
 
 def names(group: str) -> list[str]:
     """The names installed in a group, sorted."""
@@ -31,7 +42,7 @@ def load(group: str, name: str, place: str = "") -> Any:
 
     Raises:
         RecipeError: unknown name (with the nearest), a name that two distributions register (with both), or a
-            plug-in that cannot be imported (with its reason).
+            plug-in that cannot be imported (with its reason) or lacks what its group needs.
     """
     prefix = f"{place}: " if place else ""
     found = _installed(group)
@@ -43,28 +54,32 @@ def load(group: str, name: str, place: str = "") -> Any:
     if len(points) > 1:
         who = " and ".join(sorted(f"{_distribution(p)} ({p.value})" for p in points))
         raise RecipeError(f"{prefix}the name {name!r} in {GROUPS[group]} is registered by {who}; uninstall one of them")
+    who = f"plug-in {name!r} of {_distribution(points[0])}"
     try:
-        return points[0].load()
-    except Exception as error:  # whatever a stranger's module raises on import
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints must not get between the results
+            cls = points[0].load()
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises on import
         raise RecipeError(
-            f"{prefix}plug-in {name!r} of {_distribution(points[0])} cannot be loaded: "
-            f"{type(error).__name__}: {error}; reinstall that package or leave the name out"
+            f"{prefix}{who} cannot be loaded: {type(error).__name__}: {error}; mend or reinstall that package, or "
+            f"leave the name out"
         ) from error
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise RecipeError(f"{prefix}{who} is {cls!r}, which is no dataclass; ask its author to make it one")
+    known = {option.name for option in fields(cls)}
+    if lacking := [member for member in _MEMBERS[group] if not hasattr(cls, member) and member not in known]:
+        raise RecipeError(f"{prefix}{who} has no {', '.join(lacking)}, which {group} need; ask its author to add it")
+    return cls
 
 
 def create(group: str, name: str, options: Mapping[str, Any] | None = None, place: str = "") -> Any:
     """An instance of a plug-in with these options.
 
     Raises:
-        RecipeError: as ``load``; an unknown option (with the nearest), a value of the wrong type, or a plug-in that
-            is not a dataclass with options of plain types.
+        RecipeError: as ``load``; an unknown option (with the nearest), a value of the wrong type, or a plug-in whose
+            options are not of plain types.
     """
     cls = load(group, name, place)
     prefix = f"{place}." if place else ""
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise RecipeError(
-            f"{prefix}{name}: {cls!r} is not a dataclass, so it has no options; ask its author to make it one"
-        )
     given = dict(options or {})
     known = [option.name for option in fields(cls) if option.init]
     for key in given:  # pydantic ignores what a standard dataclass does not have
@@ -82,6 +97,12 @@ def create(group: str, name: str, options: Mapping[str, Any] | None = None, plac
             f"{prefix}{name}: the fields of {cls.__qualname__} cannot be read as options ({reason}); annotate "
             f"a field that is not an option as Any"
         ) from error
+
+
+def origin(group: str, name: str) -> dict[str, str]:
+    """Distribution and version that a name comes from; empty strings where it comes from none."""
+    point = _installed(group)[name][0]
+    return {"distribution": _distribution(point), "version": point.dist.version if point.dist else ""}
 
 
 def explain(error: ValidationError, known: list[str]) -> str:

@@ -14,6 +14,8 @@ from quadmix_plugin.errors import InputError
 DOC_ID = "doc_id"
 TEXT = "text"
 DOMAIN = "domain"
+DOMAIN_TOP = "domain_top"
+DOMAIN_TOP_PROBABILITY = "domain_top_probability"
 TOKENS = "tokens"
 SCORE_PREFIX = "score_"
 NORMALISED_PREFIX = "normalised_"

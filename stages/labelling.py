@@ -53,6 +53,16 @@ class PluginHandle:
         on_gpu = self.device.startswith("cuda") and getattr(self.plugin, "uses_gpu", True)
         return Resources(cpus=1.0, gpus=1.0 if on_gpu else 0.0)
 
+    def facts(self) -> dict[str, Any]:
+        """Name, origin and options of the plug-in, and what it says of itself (its ``facts``, where it has any)."""
+        said = self.plugin.facts() if hasattr(self.plugin, "facts") else {}
+        return {
+            "plugin": self.plugin_name,
+            **registry.origin(self.group, self.plugin_name),
+            "higher_is_better": getattr(self.plugin, "higher_is_better", None),
+            "options": {**self.options, **said},
+        }
+
     def input_column(self, text_field: str) -> str:
         """The column that the plug-in reads: its own ``input_column``, or the text."""
         return getattr(self.plugin, "input_column", None) or text_field
@@ -101,7 +111,7 @@ def read_texts(task: DocumentBatch, column: str) -> list[str]:
     return [value or "" for value in values]
 
 
-def with_column(task: DocumentBatch, name: str, values: Sequence[str] | np.ndarray, kind: pa.DataType) -> DocumentBatch:
+def with_column(task: DocumentBatch, name: str, values: Sequence[Any] | np.ndarray, kind: pa.DataType) -> DocumentBatch:
     """The batch with one more column, or that column replaced; Arrow stays Arrow, and pandas its kind of columns."""
     data: Any = task.data
     if isinstance(data, pa.Table):

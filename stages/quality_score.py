@@ -61,6 +61,10 @@ class QualityScore(ProcessingStage[DocumentBatch, DocumentBatch]):
         """The direction of the scores."""
         return bool(self._handle.plugin.higher_is_better)
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of the scorer; for the run's provenance."""
+        return self._handle.facts()
+
     def inputs(self) -> tuple[list[str], list[str]]:
         """The column that the scorer reads."""
         return ["data"], [self._handle.input_column(self.text_field)]

@@ -11,6 +11,7 @@ from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch, Task
 
 from quadmix_plugin.schema import COPIES, TOKENS
+from quadmix_plugin.stages.count_tokens import ESTIMATE_ERROR
 from quadmix_plugin.store import Step
 
 
@@ -87,6 +88,8 @@ class WriteShards(ProcessingStage[DocumentBatch, DocumentBatch]):
                     table = table.filter(keep)
         shard = task._metadata["shard"]
         facts = {"rows_in": task._metadata["rows_in"], "rows_kept": table.num_rows, "dropped": dropped}
+        if ESTIMATE_ERROR in task._metadata:
+            facts[ESTIMATE_ERROR] = task._metadata[ESTIMATE_ERROR]
         self.step.write_table(f"{self.folder}/{shard}.parquet", table.replace_schema_metadata(None), **facts)
         counts = pa.table({"shard": [shard], "rows_in": [facts["rows_in"]], "rows_kept": [table.num_rows]})
         return DocumentBatch(

@@ -40,3 +40,9 @@ def write_small_recipe(folder: Path, **sections: dict) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
+
+
+def corpus_texts(n: int) -> list[str]:
+    """``n`` texts of the quickstart corpus, evenly spread over it."""
+    column = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"]
+    return [column[int(i)].as_py() for i in range(0, len(column), len(column) // n)][:n]

@@ -14,6 +14,7 @@ from nemo_curator.stages.resources import Resources
 from nemo_curator.stages.text.io.reader import JsonlReader, ParquetReader
 from nemo_curator.tasks import DocumentBatch
 
+from quadmix_plugin import token_counts
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.executors import InlineExecutor
 from quadmix_plugin.stages import CountTokens, DomainClassify, QualityScore
@@ -181,3 +182,37 @@ def test_a_column_that_is_not_text_is_refused():
     stage = CountTokens(str(MODELS / "tokenizer"))
     with pytest.raises(InputError, match="text: row 1 is int 3"):
         stage.process(DocumentBatch(dataset_name="corpus", data=pd.DataFrame({"text": ["a", 3]}, dtype=object)))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas str", "pandas ArrowDtype", "pandas object, odd index"])
+def test_the_most_probable_domains_are_kept_best_first(kind, table):
+    stage = DomainClassify(options={"model": str(MODELS / "domain")}, top_k=3)
+    assert stage.outputs() == (["data"], ["domain", "domain_top", "domain_top_probability"])
+    result = run([stage], frames(table)[kind]).to_pyarrow()
+    labels, probabilities = stage._handle.ready().probabilities(table["text"].to_pylist())
+    for i, row in enumerate(result.to_pylist()):
+        assert row["domain"] == row["domain_top"][0]
+        assert row["domain_top"] == [labels[m] for m in np.argsort(-probabilities[i], kind="stable")[:3]]
+        np.testing.assert_allclose(row["domain_top_probability"], sorted(probabilities[i])[:-4:-1], rtol=1e-6)
+    plain = run([DomainClassify(options={"model": str(MODELS / "domain")})], table).data
+    assert result["domain"].to_pylist() == plain["domain"].to_pylist()
+
+
+def test_a_classifier_without_probabilities_has_no_top():
+    with pytest.raises(RecipeError, match=r"domain\.top_k: column gives no probabilities; leave top_k out"):
+        DomainClassify("column", {"column": "topic"}, top_k=2)
+    with pytest.raises(RecipeError, match=r"domain\.top_k: -1"):
+        DomainClassify(options={"model": str(MODELS / "domain")}, top_k=-1)
+
+
+def test_estimated_tokens_come_with_what_they_missed(table):
+    counted = run([CountTokens(str(MODELS / "tokenizer"))], table).data["tokens"].to_numpy()
+    task = run([CountTokens(str(MODELS / "tokenizer"), estimate=True)], table)
+    found = task.to_pyarrow()["tokens"].to_numpy()
+    facts = task._metadata["estimate_error"]
+    checked = np.array([token_counts.is_checked(text) for text in table["text"].to_pylist()])
+    assert facts["documents"] == checked.sum()
+    assert facts["tokens"] == counted[checked].sum()
+    np.testing.assert_array_equal(found[checked], counted[checked])
+    assert 0 < np.abs(found - counted).sum() <= 0.1 * counted.sum()
+    assert "estimate_error" not in run([CountTokens(str(MODELS / "tokenizer"))], table)._metadata

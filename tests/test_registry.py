@@ -104,9 +104,11 @@ def test_a_duplicate_name_shows_both_distributions(site: Site) -> None:
 
 
 def test_a_name_may_be_used_in_two_groups(site: Site) -> None:
-    entries = "[quadmix_plugin.scorers]\nlength = both:Length\n[quadmix_plugin.trainers]\nlength = both:Length\n"
-    site.add("both", "both", SCORER, entries)
-    assert registry.load("scorers", "length") is registry.load("trainers", "length")
+    entries = (
+        "[quadmix_plugin.scorers]\nlength = both:Length\n[quadmix_plugin.domain_classifiers]\nlength = both:Length\n"
+    )
+    site.add("both", "both", SCORER + "\n    classify = score\n", entries)
+    assert registry.load("scorers", "length") is registry.load("domain_classifiers", "length")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +118,12 @@ def test_a_name_may_be_used_in_two_groups(site: Site) -> None:
         ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
         ("def broken(:", "SyntaxError: .*invalid syntax|SyntaxError: "),
         ("x = 1", "AttributeError: module 'faulty' has no attribute 'Length'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_plug_in_that_does_not_import_shows_its_reason(site: Site, source: str, reason: str) -> None:
     site.add("faulty-scorer", "faulty", source, "[quadmix_plugin.scorers]\nfaulty = faulty:Length\n")
-    says = f"place: plug-in 'faulty' of faulty-scorer cannot be loaded: ({reason}).*; reinstall that package or leave"
+    says = f"place: plug-in 'faulty' of faulty-scorer cannot be loaded: ({reason}).*; mend or reinstall that package"
     with pytest.raises(RecipeError, match=says):
         registry.load("scorers", "faulty", "place")
     (row,) = [row for row in registry.describe() if row["name"] == "faulty"]
@@ -154,8 +157,13 @@ def test_a_wrong_option_is_named_with_its_value_and_remedy(site: Site, options: 
 CHECKED = """
 from dataclasses import dataclass
 
+class Scorer:
+    higher_is_better = True
+    def setup(self, device): ...
+    def score(self, texts): ...
+
 @dataclass
-class Length:
+class Length(Scorer):
     model: str
     top: int = 3
 
@@ -164,10 +172,10 @@ class Length:
             raise ValueError("top is below 1; give at least 1")
 
 @dataclass
-class Bare:
+class Bare(Scorer):
     pass
 
-class Plain:
+class Plain(Scorer):
     def __init__(self, top=3):
         self.top = top
 
@@ -175,7 +183,7 @@ class Thing:
     pass
 
 @dataclass
-class Odd:
+class Odd(Scorer):
     thing: Thing
 
 def function(top: int = 3):
@@ -195,8 +203,8 @@ def test_options_are_checked_by_the_plug_in_itself_too(site: Site) -> None:
     ("name", "options", "says"),
     [
         ("Bare", {"q": 1}, "here.q: unknown key; known are none"),
-        ("Plain", {"top": 1}, "here.plug: .*Plain.* is not a dataclass"),
-        ("function", {}, "here.plug: .*function.* is not a dataclass"),
+        ("Plain", {"top": 1}, "here: plug-in 'plug' of checked is .*Plain.*, which is no dataclass"),
+        ("function", {}, "here: plug-in 'plug' of checked is .*function.*, which is no dataclass"),
         ("Odd", {"thing": 1}, "here.plug: the fields of Odd cannot be read as options .*; annotate a field"),
     ],
 )
@@ -204,6 +212,41 @@ def test_what_is_not_a_dataclass_of_options_is_refused(site: Site, name: str, op
     site.add("checked", "checked", CHECKED, f"[quadmix_plugin.scorers]\nplug = checked:{name}\n")
     with pytest.raises(RecipeError, match=says):
         registry.create("scorers", "plug", options, "here")
+
+
+@pytest.mark.parametrize(
+    ("without", "group", "lacking"),
+    [
+        ("higher_is_better: ClassVar", "scorers", "higher_is_better"),
+        ("def score", "scorers", "score"),
+        ("def setup", "domain_classifiers", "setup, classify"),
+        ("", "trainers", "context, train"),
+    ],
+)
+def test_a_plug_in_that_lacks_what_its_group_needs_is_refused_before_work(
+    site: Site, without: str, group: str, lacking: str
+) -> None:
+    source = (
+        SCORER.replace(without, "def other" if without.startswith("def") else "other: ClassVar") if without else SCORER
+    )
+    site.add("lacking", "lacking", source, f"[quadmix_plugin.{group}]\nplug = lacking:Length\n")
+    says = f"here: plug-in 'plug' of lacking has no {lacking}, which {group} need"
+    with pytest.raises(RecipeError, match=says):
+        registry.create(group, "plug", {}, "here")
+    (row,) = [row for row in registry.describe() if row["name"] == "plug"]
+    assert f"has no {lacking}" in row["status"]
+
+
+def test_what_a_plug_in_prints_on_import_stays_off_stdout(site: Site, capsys: pytest.CaptureFixture) -> None:
+    site.add("loud", "loud", "print('buy now')\n" + SCORER, "[quadmix_plugin.scorers]\nloud = loud:Length\n")
+    registry.load("scorers", "loud")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "buy now\n")
+
+
+def test_the_origin_of_a_plug_in_is_its_distribution_and_version(site: Site) -> None:
+    length_scorer(site)
+    assert registry.origin("scorers", "length") == {"distribution": "length-scorer", "version": "1.2.3"}
 
 
 def test_a_plug_in_without_options_needs_none(site: Site) -> None:

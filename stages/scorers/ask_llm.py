@@ -67,18 +67,17 @@ class AskLLM(DocumentModel):
         self._question: Question | None = None
         self._yes_ids: list[int] = []
 
+    def facts(self) -> dict[str, Any]:
+        """The model, and the question as it is asked."""
+        self._decodes_only = self._is_causal(models.model_folder(self.model, self.revision))
+        asked = {"prompt": self._default_prompt(), "yes_tokens": list(self._yes_words()), "chat": self.chat}
+        return {**super().facts(), **asked}
+
     def load_network(self, folder: Path) -> Any:
         """An encoder-decoder or a causal model; the question in its tokens."""
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        config = models.read_config(folder)
-        self._decodes_only = not config.get("is_encoder_decoder", False)
-        kinds = [str(kind) for kind in config.get("architectures") or []]
-        if self._decodes_only and not any(kind.endswith(_CAUSAL) for kind in kinds):
-            raise InputError(
-                f"{folder}: is of the kind {', '.join(kinds) or 'unknown'}; ask-llm needs an encoder-decoder such as "
-                f"Flan-T5, or a causal model"
-            )
+        self._decodes_only = self._is_causal(folder)
         self._yes_ids = self._single_tokens(folder)
         self._question = Question(self._tokenizer, self._whole_prompt(folder), self.length, plain=not self.chat)
         kind = AutoModelForCausalLM if self._decodes_only else AutoModelForSeq2SeqLM
@@ -114,9 +113,28 @@ class AskLLM(DocumentModel):
         logits = self._network(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
         return logits[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1 - (width - keep)]
 
+    def _is_causal(self, folder: Path) -> bool:
+        """Whether the model is a decoder alone; raises InputError where it is neither that nor encoder-decoder."""
+        config = models.read_config(folder)
+        kinds = [str(kind) for kind in config.get("architectures") or []]
+        if config.get("is_encoder_decoder", False):
+            return False
+        if not any(kind.endswith(_CAUSAL) for kind in kinds):
+            raise InputError(
+                f"{folder}: is of the kind {', '.join(kinds) or 'unknown'}; ask-llm needs an encoder-decoder such as "
+                f"Flan-T5, or a causal model"
+            )
+        return True
+
+    def _default_prompt(self) -> str:
+        return self.prompt or PROMPT + ("ANSWER:" if self._decodes_only and not self.chat else "")
+
+    def _yes_words(self) -> tuple[str, ...]:
+        return self.yes_tokens or (_YES_OF_DECODERS if self._decodes_only else _YES)
+
     def _whole_prompt(self, folder: Path) -> str:
         """The prompt as the model reads it."""
-        prompt = self.prompt or PROMPT + ("ANSWER:" if self._decodes_only and not self.chat else "")
+        prompt = self._default_prompt()
         if not self.chat:
             return prompt
         if not getattr(self._tokenizer, "chat_template", None):
@@ -131,7 +149,7 @@ class AskLLM(DocumentModel):
         return text
 
     def _single_tokens(self, folder: Path) -> list[int]:
-        words = self.yes_tokens or (_YES_OF_DECODERS if self._decodes_only else _YES)
+        words = self._yes_words()
         spelt = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         ids = {ids[0] for ids in spelt if len(ids) == 1} - {self._tokenizer.unk_token_id}
         if not ids:
