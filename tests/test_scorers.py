@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from nemo_curator.tasks import DocumentBatch
 
-from quadmix_plugin import models, registry
+from quadmix_plugin import inference, models, registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.stages import QualityScore
-from quadmix_plugin.stages.scorers.ask_llm import AskLLM
+from quadmix_plugin.stages.scorers.ask_llm import PROMPT, AskLLM
 from quadmix_plugin.stages.scorers.column import ColumnScore
 from quadmix_plugin.stages.scorers.dclm_fasttext import DCLMFastText
 from quadmix_plugin.stages.scorers.fineweb_edu import FineWebEdu
@@ -77,7 +77,7 @@ def test_fineweb_score_is_the_raw_logit_of_a_plain_loop(fineweb, texts):
 
 def test_fineweb_score_leaves_the_range_of_its_labels_unclipped(fineweb):
     extremes = fineweb.score(["tutorial introduction concept guide " * 40, "services.yaml target entity_id " * 40])
-    model = fineweb._model
+    model = fineweb._network
     bias = model.classifier.bias.data.clone()
     try:
         model.classifier.bias.data -= 20.0
@@ -105,14 +105,16 @@ def test_dclm_score_is_p_hq_of_the_text_on_one_line(texts):
 
 
 def test_dclm_score_never_exceeds_one():
+    import fasttext
+
+    certain = ["he said, and she was " * 50, "a"]
+    model = fasttext.load_model(str(MODELS / "dclm-fasttext" / "model.bin"))
+    labels, probabilities = model.predict(certain, k=1)
+    assert [row[0] for row in labels] == ["__label__hq", "__label__cc"]
+    assert all(row[0] > 1 for row in probabilities)  # 1.00001
     scorer = DCLMFastText(model=str(MODELS / "dclm-fasttext"))
-
-    class Certain:  # fastText's own output for a certain label
-        def predict(self, lines, k):
-            return [["__label__hq"], ["__label__cc"]], [np.array([1.00001]), np.array([1.00001])]
-
-    scorer._model = Certain()
-    assert scorer.score(["a", "b"]).tolist() == [1.0, 0.0]
+    scorer.setup("cpu")
+    assert scorer.score(certain).tolist() == [1.0, 0.0]
 
 
 def test_ask_llm_score_is_the_yes_probability_over_the_whole_vocabulary(ask_llm, texts):
@@ -125,7 +127,7 @@ def test_ask_llm_score_is_the_yes_probability_over_the_whole_vocabulary(ask_llm,
     yes = {tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "Yes")}
     expected = []
     for text in short:
-        prompt = ask_llm.prompt.format(document=text.replace("###", ""))
+        prompt = PROMPT.format(document=text.replace("###", ""))
         inputs = tokenizer(prompt, return_tensors="pt")
         assert inputs.input_ids.shape[1] <= 128
         start = torch.tensor([[model.config.decoder_start_token_id]])
@@ -136,10 +138,10 @@ def test_ask_llm_score_is_the_yes_probability_over_the_whole_vocabulary(ask_llm,
 
 
 def test_ask_llm_cuts_the_document_and_never_the_prompt(ask_llm, texts):
-    tail = ask_llm._tokenizer(ask_llm.prompt.partition("{document}")[2].strip())["input_ids"]
+    tail = ask_llm._tokenizer(PROMPT.partition("{document}")[2].strip())["input_ids"]
     lengths = []
-    for ids in ask_llm._question_ids([texts[0] * 20, "word " * 5000, "x" * 3000, "\n" * 3000 + "late"]):
-        assert ids[-len(tail) :] == tail
+    for ids in ask_llm._question.ids([texts[0] * 20, "word " * 5000, "x" * 3000, "\n" * 3000 + "late"]):
+        assert ids[-len(tail) :].tolist() == tail
         lengths.append(len(ids))
     assert max(lengths) <= 128
     assert lengths[0] >= 124  # the document fills the room
@@ -256,7 +258,10 @@ def test_damaged_models_are_refused_in_one_line(tmp_path):
         (DCLMFastText(model=str(fast)), "not a fastText model"),
         (DCLMFastText(model=str(MODELS / "dclm-fasttext"), sha256="0" * 64), "sha256"),
         (FineWebEdu(model=str(MODELS / "ask-llm")), "config|cannot be loaded|weights are missing|outputs"),
-        (AskLLM(model=str(MODELS / "fineweb-edu")), "encoder-decoder"),
+        (
+            AskLLM(model=str(MODELS / "fineweb-edu")),
+            "of the kind BertForSequenceClassification; ask-llm needs an encoder",
+        ),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             scorer.setup("cpu")
@@ -314,6 +319,7 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_padding_is_small_on_real_documents(texts):
     tokenizer = models.load_transformers_tokenizer(MODELS / "fineweb-edu")
-    lengths = [len(ids) for ids in models.token_ids(tokenizer, texts, 512)]
-    padded = sum(length * len(batch) for length, batch in models._batches(lengths, 16384))
-    assert padded / sum(lengths) - 1 <= 0.05
+    lengths = [len(ids) for ids in inference.token_ids(tokenizer, texts, 512)]
+    for coarse in (False, True):
+        padded = sum(t * len(rows) for t, rows in inference.length_classes(lengths, coarse=coarse).items())
+        assert padded / sum(lengths) - 1 <= 0.05
