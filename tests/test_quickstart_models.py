@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,23 @@ def test_script_makes_the_committed_tokenizer_again(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         made, committed = ((folder / "tokenizer" / name).read_bytes() for folder in (tmp_path, MODELS))
         assert hashlib.sha256(made).hexdigest() == hashlib.sha256(committed).hexdigest()
+
+
+@pytest.mark.parametrize("train", ["train_wordpiece(f, t, 900, 64)", "train_word_start_bpe(f, t, 900, 64, t5=True)"])
+def test_tokenizers_of_the_models_are_the_same_in_every_process(tmp_path, train):
+    texts = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"].to_pylist()[:200]
+    texts += [chr(code) for code in range(0x4E00, 0x4F00)]  # once each: more letters than the alphabet takes
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    program = (
+        f"import json, pathlib, tiny_tokenizers; f = pathlib.Path('.'); t = json.load(open('texts.json')); "
+        f"tiny_tokenizers.{train}"
+    )
+    made = set()
+    for _ in range(2):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120)
+        made.add((tmp_path / "tokenizer.json").read_bytes())
+    assert len(made) == 1
 
 
 def test_three_scorers_measure_different_things():
