@@ -6,10 +6,12 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
 from quadmix_plugin.pipelines.proxies import trainer_options
 from quadmix_plugin.pipelines.select import frozen_rank_map
 from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
+from quadmix_plugin.stages import DomainClassify, QualityScore
 from quadmix_plugin.stages.export_tokens import end_of_document
 from quadmix_plugin.stages.merge_rank import load_theta
 from quadmix_plugin.stages.train_proxies import trainer_resources
@@ -19,11 +21,11 @@ _RESERVED = "objective"
 
 
 def check_before_work(run: Run, steps: Sequence[str]) -> None:
-    """Checks tokenizer, validation rows, objective and given parameters for those of ``steps`` that are not done.
+    """Checks tokenizer, labelling models, validation rows, objective and given parameters for what is not done.
 
     Raises:
         RecipeError: a key that does not fit the others, or the data that it names.
-        InputError: validation rows that cannot be used.
+        InputError: validation rows that cannot be used, a model that cannot be fetched or is damaged.
     """
     todo = [name for name in steps if name != "report" and not run.step(name).is_done]
     if not todo:
@@ -35,6 +37,8 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
         eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
     except InputError as error:
         raise RecipeError(f"tokenizer.eod: {error}") from error
+    if "label" in todo:
+        _check_labelling_models(run)
     if {"proxies", "search"} & set(todo):
         _check_number_of_proxies(run)
     if "normalise" in todo:
@@ -51,6 +55,12 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
             table = tokenise_rows(rows, tokenizer, eod, context, recipe.validation.mask_prompt)
             for part in ("search", "report"):
                 validation_sets(table, part)
+
+
+def _check_labelling_models(run: Run) -> None:
+    for stage in label_stages(run):
+        if isinstance(stage, DomainClassify | QualityScore):
+            stage.check()
 
 
 def _check_given_parameters(run: Run) -> None:

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Worker processes are the parallelism, so libraries get one thread each. glibc's default thresholds return large
-# arrays to the system after every use: torch trains at little more than half the speed then.
+# Worker processes are the parallelism, so libraries get one thread each (tokenizers their share of the cores). glibc's
+# default thresholds return large arrays to the system after every use: torch trains at little more than half the speed
+# then.
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -141,7 +142,8 @@ class DaskExecutor(BaseExecutor):
         self.on_progress: Progress | None = None
         self._n_workers, self._threads, self._memory_limit = n_workers, threads_per_worker, memory_limit
         self._address, self._given_client, self._retries = address, client, lost_worker_retries
-        self._env = {**_WORKER_ENV, **{key: str(value) for key, value in (worker_env or {}).items()}}
+        self._given_env = {key: str(value) for key, value in (worker_env or {}).items()}
+        self._env = {**_WORKER_ENV, **self._given_env}
         self._resources = dict(worker_resources or {})
         self._is_own = not existing
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too
@@ -219,18 +221,22 @@ class DaskExecutor(BaseExecutor):
         from dask.system import CPU_COUNT
         from distributed import LocalCluster
 
+        n_workers = self._n_workers or CPU_COUNT
+        env = dict(self._env)
+        if "TOKENIZERS_PARALLELISM" not in self._given_env and n_workers < CPU_COUNT:  # a GPU's worker must not wait
+            env |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(CPU_COUNT // n_workers)}
         config = {
-            "distributed.nanny.pre-spawn-environ": self._env,
+            "distributed.nanny.pre-spawn-environ": env,
             "distributed.scheduler.allowed-failures": self._retries,
         }
         # A worker's environment passes through this process' own (Dask starts workers that way): put it back.
-        before = {key: os.environ.get(key) for key in (*self._env, "PYTHONHASHSEED")}
+        before = {key: os.environ.get(key) for key in (*env, "PYTHONHASHSEED")}
         scratch = tempfile.TemporaryDirectory(prefix="quadmix-dask-", ignore_cleanup_errors=True)
         try:
             with scratch, dask_config.set(config), contextlib.ExitStack() as stack:
                 with _sigint_blocked():
                     cluster = LocalCluster(
-                        n_workers=self._n_workers or CPU_COUNT,
+                        n_workers=n_workers,
                         threads_per_worker=self._threads,
                         memory_limit=self._memory_limit,
                         host="127.0.0.1",

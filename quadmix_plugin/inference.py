@@ -49,7 +49,8 @@ _SECONDS_BETWEEN_REPORTS = 30
 class DocumentModel:
     """What the transformers plug-ins share: options, loading, and ``run`` over texts.
 
-    A plug-in gives ``load_network`` and ``forward``, and where documents are not tokenised as they are, ``encode``.
+    A plug-in gives ``load_network`` and ``forward``; ``read_folder`` where it needs more than tokenizer and weights,
+    and ``encode`` where documents are not tokenised as they are.
 
     Args:
         model: a local folder, or a hub id with ``revision``.
@@ -83,6 +84,17 @@ class DocumentModel:
         """What a reader of the scores needs to know of the model; for the run's provenance."""
         return {"model": self.model, "revision": self.revision}
 
+    def check(self) -> None:
+        """Looks at all of the model but the weights' values, so that a fault shows before the first document.
+
+        Raises:
+            InputError: as ``setup``, for what can be seen without loading the weights.
+        """
+        folder = models.model_folder(self.model, self.revision)
+        models.check_weights(folder)
+        self._tokenizer = models.load_transformers_tokenizer(folder)
+        self.read_folder(folder)
+
     def setup(self, device: str) -> None:
         """Loads tokenizer and network onto ``device``.
 
@@ -91,10 +103,15 @@ class DocumentModel:
         """
         folder = models.model_folder(self.model, self.revision)
         self._device = models.choose_device(device)
+        models.read_config(folder)
         self._tokenizer = models.load_transformers_tokenizer(folder)
+        self.read_folder(folder)
         self._network = in_blocks(self.load_network(folder))
         pad_id = self._tokenizer.pad_token_id or 0
         self._runner = BatchRunner(self.forward, pad_id, self._device, self.tokens_per_batch, str(folder))
+
+    def read_folder(self, folder: Path) -> None:
+        """Reads what the plug-in needs of the model's files, and refuses what it cannot use."""
 
     def load_network(self, folder: Path) -> "torch.nn.Module":
         """The network, ready to infer on ``self._device``."""

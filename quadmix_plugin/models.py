@@ -105,6 +105,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def load_config(folder: Path) -> Any:
+    """The model's config as transformers reads it.
+
+    Raises:
+        InputError: as ``read_config``; one that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    read_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # many kinds, some with several lines
+        raise InputError(f"{folder}/config.json: not one that transformers reads ({first_line(error)})") from error
+
+
 def weights_path(folder: Path) -> Path:
     """The model's safetensors file (or index of such).
 
@@ -117,6 +132,26 @@ def weights_path(folder: Path) -> Path:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     found = f"only {', '.join(pickles)}, which is not read because loading it can run code" if pickles else "none"
     raise InputError(f"{folder}: needs weights as model.safetensors, found {found}; convert or fetch them")
+
+
+def check_weights(folder: Path) -> None:
+    """Reads the headers of all safetensors files, which tell a truncated one.
+
+    Raises:
+        InputError: as ``weights_path``; a file that is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = weights_path(folder)
+    names = [path.name]
+    try:
+        if path.suffix == ".json":
+            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            with safe_open(folder / Path(name).name, framework="np") as file:
+                file.keys()
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged or incomplete ({first_line(error)}); fetch the model again") from error
 
 
 def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:

@@ -72,6 +72,11 @@ class PluginHandle:
         if hasattr(self.plugin, "download"):
             self.plugin.download()
 
+    def check(self) -> None:
+        """Lets the plug-in look at its model before the first document, where it can."""
+        if hasattr(self.plugin, "check"):
+            self.plugin.check()
+
     def ready(self) -> Any:
         """The plug-in, set up; loads its model the first time."""
         if not self._ready:

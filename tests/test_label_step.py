@@ -1,6 +1,7 @@
 """The label step of a run: optional columns, estimates and what is recorded of the models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from small_run import MODELS, write_small_recipe
 
 from quadmix_plugin.config import load_recipe
+from quadmix_plugin.errors import InputError
 from quadmix_plugin.pipelines.context import open_run
 from quadmix_plugin.pipelines.run import run_steps
 
@@ -67,3 +69,59 @@ def test_counted_tokens_are_called_no_estimates(finished: Path):
         summary = run.step("label").summary()
     assert "estimate_error" not in summary
     assert "headline" not in summary
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("scorers", {"ask-llm": {"model": "NO_WEIGHTS"}}, r"only pytorch_model\.bin, which is not read"),
+        ("scorers", {"ask-llm": {"model": "TRUNCATED"}}, r"model\.safetensors: damaged or incomplete"),
+        ("scorers", {"dclm-fasttext": {"model": "CUT_FASTTEXT"}}, r"model\.bin: "),
+        ("scorers", {"dclm-fasttext": {"sha256": "0" * 64}}, r"sha256 is"),
+        ("scorers", {"fineweb-edu": {"model": str(MODELS / "ask-llm")}}, r"fineweb-edu needs a regression model"),
+        ("scorers", {"ask-llm": {"model": "a/b", "revision": "0" * 40}}, r"'a/b' at 0{40}: cannot be fetched"),
+        ("scorers", {"ask-llm": {"prompt": "Is {document} " + "very " * 200 + "good?"}}, r"the prompt alone takes"),
+        ("domain", {"model": "SWAPPED"}, r"in another order, first 'Finance' as 0 in place of 'Adult'"),
+        ("domain", {"classifier": "fasttext", "model": "TEXT"}, r"not a fastText model"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch, section, change, says):
+    """The corpus is not even there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    broken = _broken_models(tmp_path / "models")
+    options = {name: dict(given) for name, given in change.items()} if section == "scorers" else {"domain": change}
+    for given in options.values():
+        given["model"] = broken.get(given.get("model"), given.get("model"))
+    given = {name: {"model": str(MODELS / name), **_known(o)} for name, o in options.items()}
+    path = write_small_recipe(tmp_path, **{section: given["domain"] if section == "domain" else given})
+    recipe = load_recipe(path)
+    (tmp_path / "corpus.parquet").write_bytes(b"not Parquet")
+    with open_run(recipe, tmp_path / "out") as run, pytest.raises(InputError, match=says) as caught:
+        run_steps(run, ["label"])
+    assert "\n" not in str(caught.value)
+
+
+def _known(options: dict) -> dict:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _broken_models(folder: Path) -> dict[str | None, str]:
+    """A model of each kind of damage, by what is wrong with it."""
+    found = {name: folder / name for name in ("NO_WEIGHTS", "TRUNCATED", "CUT_FASTTEXT", "SWAPPED", "TEXT")}
+    for name in ("NO_WEIGHTS", "TRUNCATED"):
+        shutil.copytree(MODELS / "ask-llm", found[name])
+    (found["NO_WEIGHTS"] / "model.safetensors").rename(found["NO_WEIGHTS"] / "pytorch_model.bin")
+    weights = found["TRUNCATED"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    for name, content in (
+        ("CUT_FASTTEXT", (MODELS / "dclm-fasttext" / "model.bin").read_bytes()[:-7]),
+        ("TEXT", b"x" * 99),
+    ):
+        found[name].mkdir()
+        (found[name] / "model.bin").write_bytes(content)
+    shutil.copytree(MODELS / "domain", found["SWAPPED"])
+    config = json.loads((found["SWAPPED"] / "config.json").read_text())
+    config["id2label"] |= {"0": "Finance", "7": "Adult"}
+    del config["label2id"]
+    (found["SWAPPED"] / "config.json").write_text(json.dumps(config))
+    return {name: str(path) for name, path in found.items()}

@@ -82,10 +82,14 @@ class NvidiaDomain(DocumentModel):
         """Fetches the model into the hub's cache, once per machine."""
         self._backbone_config(models.model_folder(self.model, self.revision))
 
+    def read_folder(self, folder: Path) -> None:
+        """The labels, and the backbone's architecture."""
+        self._labels = read_labels(folder)
+        self._config = self._backbone_config(folder)
+
     def load_network(self, folder: Path) -> Any:
         """Backbone and head, with as many outputs as there are labels."""
-        self._labels = read_labels(folder)
-        network = build_network(self._backbone_config(folder), len(self._labels))
+        network = build_network(self._config, len(self._labels))
         _load_weights(network, models.weights_path(folder))
         return network.eval().to(self._device, models.model_dtype(self._device))
 
@@ -116,8 +120,7 @@ class NvidiaDomain(DocumentModel):
             if not (base and inside.is_dir()) and base in _BACKBONES:
                 return AutoConfig.for_model(**_BACKBONES[base])
             place = inside if base and inside.is_dir() else models.model_folder(base, self.base_revision)
-            models.read_config(place)
-        return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+        return models.load_config(place)
 
 
 def read_labels(folder: Path) -> list[str]:

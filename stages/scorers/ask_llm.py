@@ -73,13 +73,16 @@ class AskLLM(DocumentModel):
         asked = {"prompt": self._default_prompt(), "yes_tokens": list(self._yes_words()), "chat": self.chat}
         return {**super().facts(), **asked}
 
-    def load_network(self, folder: Path) -> Any:
-        """An encoder-decoder or a causal model; the question in its tokens."""
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
+    def read_folder(self, folder: Path) -> None:
+        """Whether it is an encoder-decoder or a causal model; the question and the answer in its tokens."""
         self._decodes_only = self._is_causal(folder)
         self._yes_ids = self._single_tokens(folder)
         self._question = Question(self._tokenizer, self._whole_prompt(folder), self.length, plain=not self.chat)
+
+    def load_network(self, folder: Path) -> Any:
+        """The language model."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
         kind = AutoModelForCausalLM if self._decodes_only else AutoModelForSeq2SeqLM
         network = models.load_pretrained(kind, folder, self._device)
         self._keeps_last = "logits_to_keep" in signature(network.forward).parameters

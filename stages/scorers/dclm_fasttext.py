@@ -56,6 +56,12 @@ class DCLMFastText:
         """Fetches the model into the hub's cache, once per machine."""
         fasttext_process.download(self.model, self.revision, self.file, self.sha256)
 
+    def check(self) -> None:
+        """Loads the model for a moment, so that a fault shows before the first document."""
+        self.setup("cpu")
+        self._process.close()
+        self._process = None
+
     def setup(self, device: str) -> None:
         """Loads the model; ``device`` is of no consequence, fastText runs on the CPU."""
         path = fasttext_process.model_path(self.model, self.revision, self.file)

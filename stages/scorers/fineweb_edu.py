@@ -31,14 +31,20 @@ class FineWebEdu(DocumentModel):
 
     model: str = "HuggingFaceFW/fineweb-edu-classifier"
 
-    def load_network(self, folder: Path) -> Any:
+    def read_folder(self, folder: Path) -> None:
         """A sequence classifier with one output."""
+        config = models.load_config(folder)
+        if config.is_encoder_decoder or config.num_labels != 1:
+            raise InputError(
+                f"{folder}: a {config.model_type} with {config.num_labels} outputs; fineweb-edu needs a regression "
+                f"model with one"
+            )
+
+    def load_network(self, folder: Path) -> Any:
+        """Encoder and head."""
         from transformers import AutoModelForSequenceClassification
 
-        network = models.load_pretrained(AutoModelForSequenceClassification, folder, self._device)
-        if (outputs := network.config.num_labels) != 1:
-            raise InputError(f"{folder}: has {outputs} outputs; fineweb-edu needs a regression model with one")
-        return network
+        return models.load_pretrained(AutoModelForSequenceClassification, folder, self._device)
 
     def forward(self, ids: Any, mask: Any) -> Any:
         """The logit, [b, 1]."""
