@@ -37,7 +37,7 @@ _COARSE = 16
 """On a GPU, where batches want to be large, a document may be padded by this part of its length."""
 _HEAD_ROWS = 32
 
-_TOKENS_ON_CPU = 1024  # more does not fit the caches: 32 × 512 is slower by a sixth (BERT and DeBERTa, 768 wide)
+_TOKENS_ON_CPU = 2048  # more does not fit the caches: 32 × 512 is slower by a sixth (BERT and DeBERTa, 768 wide)
 _TOKENS_ON_GPU = 32768
 _HALVINGS = 3
 _WINDOW = 2048
@@ -56,7 +56,7 @@ class DocumentModel:
         model: a local folder, or a hub id with ``revision``.
         revision: the 40 hex digits of a commit on the hub.
         max_length: tokens of a document that the model sees; by default the tokenizer's limit, at most 512.
-        tokens_per_batch: upper bound of padded tokens in one forward pass; by default 1,024 on a CPU and 32,768 on a
+        tokens_per_batch: upper bound of padded tokens in one forward pass; by default 2,048 on a CPU and 32,768 on a
             GPU. Where memory does not suffice, it is halved up to three times.
     """
 

@@ -24,7 +24,7 @@ SWAPPED = {
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"].to_pylist()[::50]
+    return pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"])["text"].to_pylist()[::22]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,18 @@ def test_label_is_the_argmax_of_the_head_on_the_first_token(classifier, texts):
     backbone = AutoModel.from_config(AutoConfig.from_pretrained(MODEL / config["base_model"])).eval()
     backbone.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    expected = []
+    expected, probabilities = [], []
     for text in texts:
         inputs = tokenizer(text[:2000], return_tensors="pt", truncation=True)
         with torch.no_grad():
             hidden = backbone(inputs.input_ids, inputs.attention_mask).last_hidden_state
             probability = (hidden @ weights["fc.weight"].T + weights["fc.bias"]).softmax(-1)[0, 0]
         expected.append(config["id2label"][str(int(probability.argmax()))])
+        probabilities.append(probability.numpy())
+    assert len(texts) >= 500
     assert classifier.classify(texts) == expected
     assert len(set(expected)) > 10
+    np.testing.assert_allclose(classifier.probabilities(texts)[1], probabilities, atol=1e-5)
 
 
 def test_order_and_batches_change_no_label(classifier, texts):

@@ -31,7 +31,7 @@ DOMAINS = (
 
 # The published configs name a backbone and do not describe it. These are its architecture, so that a folder with the
 # published files is enough. Sizes are checked by the weights; what they do not check is what DeBERTa-v3 is.
-_DEBERTA_V3_BASE = {
+DEBERTA_V3_BASE = {
     "model_type": "deberta-v2",
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -51,8 +51,8 @@ _DEBERTA_V3_BASE = {
     "pad_token_id": 0,
 }
 _BACKBONES = {
-    "microsoft/deberta-v3-base": {**_DEBERTA_V3_BASE, "vocab_size": 128_100},
-    "microsoft/mdeberta-v3-base": {**_DEBERTA_V3_BASE, "vocab_size": 251_000},
+    "microsoft/deberta-v3-base": {**DEBERTA_V3_BASE, "vocab_size": 128_100},
+    "microsoft/mdeberta-v3-base": {**DEBERTA_V3_BASE, "vocab_size": 251_000},
 }
 
 
