@@ -257,7 +257,10 @@ def refuse_other_recipe(run: Run) -> None:
     ]
     if sorted(before := (old or {}).get("scorers", {})) == sorted(run.scorers) and tuple(before) != run.scorers:
         lines.append(f"scorers: now in the order {', '.join(run.scorers)}")
-    what = "; ".join(lines) or "the files that the recipe names have changed since"
+    what = (
+        "; ".join(lines)
+        or "the files that the recipe names, or the versions of other packages' plug-ins, have changed since"
+    )
     made = [name for name in STEPS[STEPS.index(stale[0]) :] if run.directory.recorded_keys(name)]
     folders = " ".join(str(run.directory.root / "manifest" / name) for name in made)
     raise RecipeError(

@@ -1,6 +1,8 @@
 """Step 1: domain, quality scores and token count of every document."""
 
+import json
 import time
+from typing import Any
 
 from nemo_curator.pipeline import Pipeline
 from nemo_curator.stages.base import ProcessingStage
@@ -35,6 +37,7 @@ def label(run: Run) -> None:
     started = time.monotonic()
     recipe = run.recipe
     stages = label_stages(run)
+    plugins = _facts(stages)
     found = inspect(
         run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows, columns_read(stages)
     )
@@ -52,15 +55,28 @@ def label(run: Run) -> None:
         raise InputError(f"{run.corpus_files[0].path}: no usable document; dropped {totals['dropped']}")
     if recipe.tokenizer.estimate:
         error = estimate_error(entry.facts[ESTIMATE_ERROR] for entry in step.entries())
-        totals[ESTIMATE_ERROR] = error
-        totals["headline"] = (
-            f"token counts are estimates: off by {error['mean_error']:.1%} a document and {error['bias']:+.1%} in sum, "
-            f"measured on {error['documents']:,} documents"
-        )
-    totals["plugins"] = {
-        stage.name: stage.facts() for stage in stages if isinstance(stage, DomainClassify | QualityScore)
-    }
-    step.finish(**totals, seconds=round(time.monotonic() - started, 2), files=len(run.corpus_files))
+        totals |= {ESTIMATE_ERROR: error, "headline": _headline(error)}
+    step.finish(**totals, plugins=plugins, seconds=round(time.monotonic() - started, 2), files=len(run.corpus_files))
+
+
+def _headline(error: dict[str, Any]) -> str:
+    if error["mean_error"] is None:
+        return "token counts are estimates; no document was counted whole, so their error is not known"
+    return (
+        f"token counts are estimates: off by {error['mean_error']:.1%} a document and {error['bias']:+.1%} in sum, "
+        f"measured on {error['documents']:,} documents"
+    )
+
+
+def _facts(stages: list[ProcessingStage]) -> dict[str, Any]:
+    """What each plug-in says of itself, asked before work that would be lost where it cannot be written."""
+    facts = {stage.name: stage.facts() for stage in stages if isinstance(stage, DomainClassify | QualityScore)}
+    for name, said in facts.items():
+        try:
+            json.dumps(said, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: its facts are not plain values ({error}); mend the plug-in") from error
+    return facts
 
 
 def label_stages(run: Run) -> list[ProcessingStage]:

@@ -223,8 +223,9 @@ class DaskExecutor(BaseExecutor):
 
         n_workers = self._n_workers or CPU_COUNT
         env = dict(self._env)
-        if "TOKENIZERS_PARALLELISM" not in self._given_env and n_workers < CPU_COUNT:  # a GPU's worker must not wait
+        if n_workers < CPU_COUNT:  # a GPU's one worker must not wait for its tokenizer
             env |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(CPU_COUNT // n_workers)}
+            env |= self._given_env
         config = {
             "distributed.nanny.pre-spawn-environ": env,
             "distributed.scheduler.allowed-failures": self._retries,

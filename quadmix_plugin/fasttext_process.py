@@ -7,7 +7,6 @@ workers may not have ``multiprocessing`` children. Scorers and classifiers are b
 
 import hashlib
 import json
-import logging
 import os
 import select
 import signal
@@ -26,8 +25,6 @@ from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.fasttext_child import FRAME, pack
 from quadmix_plugin.fasttext_file import MAGIC
-
-logger = logging.getLogger(__name__)
 
 # Bounds so generous that only a hang meets them: the published model of 2.39 GB has ten minutes to load.
 _LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 120, 5_000_000
@@ -142,54 +139,16 @@ class FastTextProcess:
                 yield header, payload
 
 
-def model_path(model: str, revision: str | None, file: str | None) -> Path:
-    """The file that the options of a plug-in mean; fetches it into the hub's cache when ``model`` is a hub id.
-
-    Raises:
-        InputError: none or several in a folder, no ``file`` for a hub id, or the hub cannot be reached.
-    """
-    path = Path(model)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        found = [path / file] if file else sorted(path.glob("*.bin"))
-        if len(found) != 1 or not found[0].is_file():
-            names = ", ".join(p.name for p in found) or "no .bin"
-            raise InputError(f"{path}: holds {names}; give file: the name of the fastText model")
-        return found[0]
-    return _fetched(model, revision, file)
-
-
-def download(model: str, revision: str | None, file: str | None, sha256: str | None) -> None:
-    """Fetches the file, once per machine; without ``sha256`` logs its digest, if messages of level INFO are wanted."""
-    path = model_path(model, revision, file)
-    if sha256 is None and logger.isEnabledFor(logging.INFO):  # seconds for a large model
-        logger.info("%s: give sha256: %s, so that no other file is taken for it", path, _digest(path))
-
-
-def _fetched(model: str, revision: str | None, file: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if not file:
-        raise InputError(f"model {model!r}: give file: the name of the .bin on the hub")
-    try:
-        return Path(hf_hub_download(model, file, revision=revision))
-    except Exception as error:  # the hub's client raises many kinds
-        raise InputError(
-            f"model {model!r}, {file} at {revision}: cannot be fetched ({type(error).__name__}: "
-            f"{models.first_line(error)}); check the network, or download it and give its path"
-        ) from error
-
-
 def _check_file(path: Path, sha256: str | None) -> None:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise InputError(f"{path}: not a fastText model; give the .bin that fastText wrote")
-    if sha256 and (found := _digest(path)) != sha256:
+    if sha256 and (found := digest(path)) != sha256:
         raise InputError(f"{path}: sha256 is {found}, not {sha256}; fetch it again")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

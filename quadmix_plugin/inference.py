@@ -34,7 +34,9 @@ Ids = NDArray[np.int32]
 _LENGTH_MULTIPLE = 8
 _SHORTEST = 16
 _COARSE = 16
-"""On a GPU, where batches want to be large, a document may be padded by this part of its length."""
+"""On a GPU, where batches want to be large, a document may be padded by a 16th of its length."""
+MOST_PADDING = 32
+"""No document of more tokens than ``_SHORTEST`` is padded by so many."""
 _HEAD_ROWS = 32
 
 _TOKENS_ON_CPU = 2048  # more does not fit the caches: 32 × 512 is slower by a sixth (BERT and DeBERTa, 768 wide)
@@ -75,6 +77,7 @@ class DocumentModel:
         self._network: Any = None
         self._runner: BatchRunner | None = None
         self._device = "cpu"
+        self._positions = 1 << 30
 
     def download(self) -> None:
         """Fetches the model into the hub's cache, once per machine."""
@@ -91,7 +94,8 @@ class DocumentModel:
             InputError: as ``setup``, for what can be seen without loading the weights.
         """
         folder = models.model_folder(self.model, self.revision)
-        models.check_weights(folder)
+        models.read_config(folder)
+        models.weight_files(folder)
         self._tokenizer = models.load_transformers_tokenizer(folder)
         self.read_folder(folder)
 
@@ -107,8 +111,14 @@ class DocumentModel:
         self._tokenizer = models.load_transformers_tokenizer(folder)
         self.read_folder(folder)
         self._network = in_blocks(self.load_network(folder))
-        pad_id = self._tokenizer.pad_token_id or 0
-        self._runner = BatchRunner(self.forward, pad_id, self._device, self.tokens_per_batch, str(folder))
+        self._runner = BatchRunner(
+            self.forward,
+            self._tokenizer.pad_token_id or 0,
+            self._device,
+            self.tokens_per_batch,
+            str(folder),
+            self.length,
+        )
 
     def read_folder(self, folder: Path) -> None:
         """Reads what the plug-in needs of the model's files, and refuses what it cannot use."""
@@ -128,7 +138,22 @@ class DocumentModel:
     @property
     def length(self) -> int:
         """Tokens that the model sees."""
-        return models.input_length(self._tokenizer, self.max_length)
+        return self.max_length or min(models.input_length(self._tokenizer), self._positions)
+
+    def limit_positions(self, config: Any, place: Path) -> None:
+        """Keeps to the positions that a model has embeddings for.
+
+        Raises:
+            InputError: ``max_length`` is more.
+        """
+        positions = getattr(config, "max_position_embeddings", None)
+        if not positions or getattr(config, "relative_attention", False):
+            return
+        if "roberta" in config.model_type:  # these count from the padding's id on
+            positions -= (config.pad_token_id or 0) + 1
+        if (self.max_length or 0) > positions:
+            raise InputError(f"{place}: max_length: {self.max_length}, and the model has {positions} positions")
+        self._positions = positions
 
     def run(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The network's results for each text, float32 [n, k]; (0, 1) for no texts."""
@@ -138,7 +163,7 @@ class DocumentModel:
 
 
 class BatchRunner:
-    """Computes ``forward(ids [b, t], mask [b, t]) -> [b, k]`` over documents of any length.
+    """Computes ``forward(ids [b, t], mask [b, t]) -> [b, k]`` over documents of up to ``longest`` tokens.
 
     The budget of tokens stays halved after a batch that did not fit, so that the next ones fit at once.
     """
@@ -150,15 +175,12 @@ class BatchRunner:
         device: str,
         tokens_per_batch: int | None = None,
         name: str = "model",
+        longest: int | None = None,
     ) -> None:
         self._forward, self._pad_id, self._device, self._name = forward, pad_id, device, name
-        self._tokens = tokens_per_batch or (_TOKENS_ON_CPU if device == "cpu" else _TOKENS_ON_GPU)
+        self._longest = longest
+        self.tokens_per_batch = tokens_per_batch or (_TOKENS_ON_CPU if device == "cpu" else _TOKENS_ON_GPU)
         self.halvings = 0
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """The budget as it is now."""
-        return self._tokens >> self.halvings
 
     def run(self, texts: Sequence[str], encode: Callable[[Sequence[str]], list[Ids]]) -> NDArray[np.float32]:
         """Results of all texts, float32 [n, k], in their order.
@@ -182,7 +204,7 @@ class BatchRunner:
 
         order: list[int] = []
         parts: list[torch.Tensor] = []
-        classes = length_classes([len(i) for i in ids], coarse=self._device != "cpu")
+        classes = length_classes([len(i) for i in ids], self._longest, coarse=self._device != "cpu")
         for length, members in sorted(classes.items(), reverse=True):
             start = 0
             while start < len(members):
@@ -212,7 +234,7 @@ class BatchRunner:
                 mask = mask.pin_memory().to(self._device, non_blocking=True)
             return self._forward(inputs, mask)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not models.is_out_of_memory(error):
                 raise
             self._halve(len(ids), length, error)
         if self._device != "cpu":
@@ -223,27 +245,29 @@ class BatchRunner:
         if self.halvings == _HALVINGS or rows == 1:
             raise InputError(
                 f"{self._name}: not enough memory on {self._device} for {rows} × {length} tokens "
-                f"({models.first_line(error)}); lower tokens_per_batch ({self._tokens}) or max_length, or use a larger "
-                f"device"
+                f"({models.first_line(error)}); lower tokens_per_batch ({self.tokens_per_batch}) or max_length, or "
+                f"use a larger device"
             ) from error
         self.halvings += 1
+        self.tokens_per_batch = min(self.tokens_per_batch, rows * length) // 2
         logger.warning(
             "%s: not enough memory on %s for %d × %d tokens; going on with %d tokens per batch",
             self._name, self._device, rows, length, self.tokens_per_batch,
         )  # fmt: skip
 
 
-def length_classes(lengths: Sequence[int], *, coarse: bool = False) -> dict[int, list[int]]:
-    """Padded length → the documents of that class; it depends on each document alone.
+def length_classes(lengths: Sequence[int], longest: int | None = None, *, coarse: bool = False) -> dict[int, list[int]]:
+    """Padded length, at most ``longest``, → the documents of that class; it depends on each document alone.
 
-    Steps are of 8 tokens; ``coarse`` ones grow to 16 above 128 tokens and to 32 above 256.
+    Steps are of 8 tokens; ``coarse`` ones are of 16 above 128 tokens and of 32 above 256.
     """
     classes: dict[int, list[int]] = defaultdict(list)
     for i, length in enumerate(lengths):
         step = _LENGTH_MULTIPLE
-        while coarse and step * _COARSE < length:
+        while coarse and step < MOST_PADDING and step * _COARSE < length:
             step *= 2
-        classes[max(_SHORTEST, -(-length // step) * step)].append(i)
+        padded = max(_SHORTEST, -(-length // step) * step)
+        classes[max(length, min(padded, longest or padded))].append(i)
     return classes
 
 
@@ -293,15 +317,6 @@ def in_blocks(network: Any) -> Any:
         if isinstance(module, torch.nn.Linear):
             module.forward = blocked(module)  # pyright: ignore[reportAttributeAccessIssue]
     return network
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice: torch has a class of its own for that on a GPU only."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 class _Progress:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # never pickles, never code
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # never pickles, never code
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.txt", "vocab.json")
 _LONGEST_INPUT = 512  # of the published models
 CHARACTERS_PER_TOKEN = 8
@@ -47,16 +47,24 @@ def choose_device(device: str) -> str:
     return device
 
 
+def is_local(model: str) -> bool:
+    """Whether ``model`` is a folder or file that exists."""
+    try:
+        return bool(model) and Path(model).exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
 def check_source(model: str, revision: str | None) -> None:
     """Whether ``model`` can be meant: an existing folder or file, or a hub id with a pinned revision.
 
     Raises:
         InputError: neither; the message says which of the two it looks like.
     """
-    if Path(model).exists():
+    if is_local(model):
         return
     if not _HUB_ID.fullmatch(model):
-        raise InputError(f"model {model!r}: no such folder; give a folder that holds the model, or a hub id")
+        raise InputError(f"model {model[:200]!r}: no such folder; give a folder that holds the model, or a hub id")
     if revision is None or not _REVISION.fullmatch(revision):
         raise InputError(
             f"model {model!r}: no such folder, and as a Hugging Face id it needs a pinned revision, not {revision!r}; "
@@ -71,7 +79,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         InputError: as ``check_source``; or the hub cannot be reached and the model is not in its cache.
     """
     check_source(model, revision)
-    if Path(model).exists():
+    if is_local(model):
         return Path(model).absolute()
     from huggingface_hub import snapshot_download
 
@@ -89,7 +97,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The model's ``config.json``.
 
     Raises:
-        InputError: none there, not JSON, or it asks to run code of its own (``auto_map``).
+        InputError: none there, not a JSON mapping, or it asks for code (``auto_map``, an attention kernel of the hub)
+            or for weights of another name.
     """
     path = folder / "config.json"
     try:
@@ -98,11 +107,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); fetch the model again") from error
-    if "auto_map" in config:
-        raise InputError(
-            f"{path}: the model asks to run code of its own (auto_map), which is never done; use another model"
-        )
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds {type(config).__name__}, not a mapping; fetch the model again")
+    _refuse_code(config, path)
     return config
+
+
+def _refuse_code(config: dict[str, Any], path: Path) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_code(value, path)
+        kernel = key.endswith("_implementation") and "/" in str(value)  # transformers would fetch it from the hub
+        if kernel or key in ("auto_map", "transformers_weights"):
+            raise InputError(
+                f"{path}: the model asks to run code of its own or to read other weights ({key}), which is never done; "
+                f"use another model"
+            )
 
 
 def load_config(folder: Path) -> Any:
@@ -134,23 +154,38 @@ def weights_path(folder: Path) -> Path:
     raise InputError(f"{folder}: needs weights as model.safetensors, found {found}; convert or fetch them")
 
 
-def check_weights(folder: Path) -> None:
-    """Reads the headers of all safetensors files, which tell a truncated one.
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, their headers read, which tells a truncated one.
 
     Raises:
-        InputError: as ``weights_path``; a file that is missing or damaged.
+        InputError: as ``weights_path``; a file that is missing, damaged, outside the folder or not safetensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = weights_path(folder)
     names = [path.name]
     try:
         if path.suffix == ".json":
-            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
         for name in names:
-            with safe_open(folder / Path(name).name, framework="np") as file:
-                file.keys()
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+            if name != Path(name).name or not name.endswith(".safetensors"):
+                raise InputError(f"{path}: names {name[:100]!r}; only safetensors files in the folder itself are read")
+            weight_shapes(folder / name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged or incomplete ({first_line(error)}); fetch the model again") from error
+    return [folder / name for name in names]
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight in a safetensors file, from its header.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or incomplete ({first_line(error)}); fetch the model again") from error
 
 
@@ -158,10 +193,10 @@ def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:
     """A transformers model, ready to infer: float32 on the CPU, bfloat16 on a GPU.
 
     Raises:
-        InputError: as ``read_config`` and ``weights_path``; weights that are damaged or do not fit the config.
+        InputError: as ``read_config`` and ``weight_files``; weights that do not fit the config, or not into memory.
     """
     read_config(folder)
-    weights_path(folder)
+    weight_files(folder)
     try:
         with _quiet_transformers():
             model, info = auto_class.from_pretrained(
@@ -173,6 +208,7 @@ def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # safetensors, config and shape errors have no common class
+        _refuse_want_of_memory(error, folder, "cpu")
         raise InputError(
             f"{folder}: cannot be loaded ({type(error).__name__}: {first_line(error)}); fetch the model again"
         ) from error
@@ -181,7 +217,38 @@ def load_pretrained(auto_class: Any, folder: Path, device: str) -> Any:
             f"{folder}: {len(missing)} weights are missing, first {missing[0]!r}; this is not a model of the kind "
             f"{type(model).__name__}"
         )
-    return model.eval().to(device)
+    return on_device(model.eval(), folder, device)
+
+
+def on_device(network: "torch.nn.Module", folder: Path, device: str) -> Any:
+    """The network on a device, in the type that it computes in there.
+
+    Raises:
+        InputError: the device has not enough memory.
+    """
+    try:
+        return network.to(device, model_dtype(device))
+    except (RuntimeError, MemoryError) as error:
+        _refuse_want_of_memory(error, folder, device)
+        raise
+
+
+def _refuse_want_of_memory(error: BaseException, folder: Path, device: str) -> None:
+    if is_out_of_memory(error):
+        raise InputError(
+            f"{folder}: not enough memory on {device} for the model ({first_line(error)}); use a larger device or a "
+            f"smaller model"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: torch has a class of its own for some of them only."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 @contextmanager
@@ -253,9 +320,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> "Tokenizer":
     return tokenizer
 
 
-def input_length(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens a model sees: ``max_length``, or the tokenizer's own limit but at most 512."""
-    return max_length or min(int(tokenizer.model_max_length), _LONGEST_INPUT)
+def input_length(tokenizer: Any) -> int:
+    """Tokens that a model sees unless told otherwise: the tokenizer's own limit, at most 512."""
+    return min(int(tokenizer.model_max_length), _LONGEST_INPUT)
 
 
 def encodable(text: str) -> str:

@@ -33,13 +33,18 @@ def count_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> NDArray[np.int
 def estimate_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> NDArray[np.int64]:
     """Tokens of each text by a sample of it, int64 [n]: about 160 characters and 3 % of the rest.
 
-    Texts of up to twice the sample are counted whole.
+    Texts of up to twice the sample are counted whole, and those of whose words the sample has none.
     """
     samples = [sample(text) for text in texts]
     counted = count_tokens(tokenizer, samples)
     whole = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     sampled = np.fromiter(map(len, samples), dtype=np.int64, count=len(texts))
-    return np.rint(counted * (whole / np.maximum(sampled, 1))).astype(np.int64)
+    estimated = np.rint(counted * (whole / np.maximum(sampled, 1))).astype(np.int64)
+    missed = [
+        int(i) for i in np.flatnonzero(estimated == 0) if texts[int(i)].strip()
+    ]  # its words lie between the windows
+    estimated[missed] = count_tokens(tokenizer, [texts[i] for i in missed])
+    return estimated
 
 
 def sample(text: str) -> str:
@@ -78,18 +83,17 @@ def compare(estimated: NDArray[np.int64], counted: NDArray[np.int64]) -> dict[st
     }
 
 
-def estimate_error(sums: Iterable[dict[str, int]]) -> dict[str, float | int]:
+def estimate_error(sums: Iterable[dict[str, int]]) -> dict[str, float | int | None]:
     """Error of estimates over all shards: documents compared, ``bias`` of their sum, ``mean_error`` by tokens.
 
-    Both are shares of the counted tokens; NaN-free: None where no document was compared.
+    Both are shares of the counted tokens; None where no document was compared.
     """
     total: dict[str, int] = {"documents": 0, "tokens": 0, "estimated": 0, "absolute_error": 0}
     for each in sums:
         for key in total:
             total[key] += each[key]
-    tokens = max(1, total["tokens"])
-    return {
-        "documents": total["documents"],
-        "bias": (total["estimated"] - total["tokens"]) / tokens,
-        "mean_error": total["absolute_error"] / tokens,
-    }
+    documents, tokens = total["documents"], total["tokens"]
+    if not tokens:
+        return {"documents": documents, "bias": None, "mean_error": None}
+    bias = (total["estimated"] - tokens) / tokens
+    return {"documents": documents, "bias": bias, "mean_error": total["absolute_error"] / tokens}

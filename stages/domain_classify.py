@@ -91,6 +91,8 @@ class DomainClassify(ProcessingStage[DocumentBatch, DocumentBatch]):
     def _with_probabilities(self, task: DocumentBatch, values: list[Any]) -> DocumentBatch:
         labels, probabilities = self._handle.ready().probabilities(values)
         self._require(len(probabilities), len(values))
+        if not np.isfinite(probabilities).all():
+            raise InputError(f"{self.classifier}: probabilities that are not finite; mend the plug-in or its model")
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
         top = [[labels[m] for m in row] for row in order]
         shares = list(np.take_along_axis(probabilities, order, axis=1).astype(np.float32))

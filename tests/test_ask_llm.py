@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from quadmix_plugin import inference
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.stages.scorers.ask_llm import PROMPT, AskLLM, Question
 
@@ -86,7 +87,21 @@ def test_company_changes_no_causal_score(causal, texts):
     scorer = AskLLM(model=str(causal), max_length=400)
     scorer.setup("cpu")
     whole = scorer.score(texts[:40])
-    np.testing.assert_allclose(np.concatenate([scorer.score([text]) for text in texts[:40]]), whole, atol=1e-6)
+    np.testing.assert_array_equal(np.concatenate([scorer.score([text]) for text in texts[:40]]), whole)
+
+
+def test_the_answer_is_found_behind_as_much_padding_as_there_can_be(causal):
+    """Also where steps of padding are those of a GPU."""
+    scorer = AskLLM(model=str(causal), max_length=500)
+    scorer.setup("cpu")
+    for length in range(257, 289):
+        ids = torch.arange(5, 5 + length)[None]
+        [padded] = inference.length_classes([length], coarse=True)
+        wide = torch.nn.functional.pad(ids, (0, padded - length))
+        with torch.no_grad():
+            plain = scorer.forward(ids, torch.ones_like(ids))
+            found = scorer.forward(wide, (wide > 0).long())
+        np.testing.assert_allclose(found, plain, atol=1e-5)
 
 
 def test_the_logits_of_a_whole_vocabulary_are_not_made_at_every_position(tmp_path):
@@ -115,6 +130,16 @@ def test_a_chat_template_is_put_around_the_prompt(tmp_path, texts):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ nothing.here.at.all }}"}))
     with pytest.raises(InputError, match="chat template fails"):
         AskLLM(model=str(folder), chat=True).setup("cpu")
+
+
+def test_a_prompt_does_not_change_from_day_to_day(tmp_path):
+    folder = _causal(tmp_path / "model", "llama")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{{ strftime_now('%d %B %Y') }} " + CHAT
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    asked = AskLLM(model=str(folder), chat=True).facts()["prompt"]
+    assert asked.startswith("1 Jan 2025 <pad>user\n###\n{document}\n###")
+    assert asked.endswith("<pad>assistant\n")
 
 
 def test_a_document_cannot_end_itself_or_the_prompt(texts):

@@ -166,3 +166,33 @@ def test_the_published_configs_need_no_other_files(tmp_path, base, words):
     assert not any("position_embeddings" in name or "token_type" in name or "pos_key" in name for name in sizes)
     assert sizes["fc.weight"] == (26, 768)
     assert sum(int(np.prod(size)) for size in sizes.values()) == {128_100: 183_851_546, 251_000: 278_238_746}[words]
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path, classifier, texts):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(weights))}
+    for file in set(names.values()):
+        save_file({name: weights[name] for name in weights if names[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    sharded = NvidiaDomain(model=str(folder))
+    sharded.check()
+    sharded.setup("cpu")
+    assert sharded.classify(texts[:50]) == classifier.classify(texts[:50])
+
+
+def test_weights_that_are_not_numbers_give_no_domain(tmp_path, texts):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    broken = NvidiaDomain(model=str(folder))
+    broken.setup("cpu")
+    for use in (broken.classify, broken.probabilities):
+        with pytest.raises(InputError, match="logits of 3 of 3 documents are not finite"):
+            use(texts[:3])

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from fasttext_models import labelled_lines, train
 
-from quadmix_plugin import fasttext_child, fasttext_process
+from quadmix_plugin import fasttext_child, fasttext_model
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.fasttext_file import DamagedError, NoClassifierError, inspect
 from quadmix_plugin.fasttext_process import FastTextProcess
@@ -230,10 +230,10 @@ def test_damage_that_only_the_digest_shows(tmp_path):
 
 def test_download_logs_the_digest_where_none_is_given_and_it_will_be_seen(caplog):
     digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
-    with caplog.at_level(logging.INFO, logger=fasttext_process.__name__):
-        fasttext_process.download(str(MODEL), None, None, digest)
+    with caplog.at_level(logging.INFO, logger=fasttext_model.__name__):
+        DCLMFastText(str(MODEL), sha256=digest).download()
         assert not caplog.records
-        fasttext_process.download(str(MODEL), None, None, None)
+        DCLMFastText(str(MODEL)).download()
     assert f"sha256: {digest}" in caplog.text
 
 

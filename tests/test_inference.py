@@ -81,9 +81,9 @@ def test_windows_keep_the_order(monkeypatch):
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_every_document_is_in_one_class_that_holds_it_and_pads_little(coarse):
-    lengths = list(range(1, 513))
+    lengths = list(range(1, 4097))
     classes = inference.length_classes(lengths, coarse=coarse)
-    assert sorted(i for rows in classes.values() for i in rows) == list(range(512))
+    assert sorted(i for rows in classes.values() for i in rows) == list(range(4096))
     for padded, rows in classes.items():
         assert padded % 8 == 0
         for i in rows:
@@ -92,6 +92,33 @@ def test_every_document_is_in_one_class_that_holds_it_and_pads_little(coarse):
             assert spare < (8 if padded > 16 and not coarse else 32)  # ask-llm looks for the answer among 32
             if lengths[i] >= 128:
                 assert spare / lengths[i] <= (1 / 8 if coarse else 1 / 16)
+
+
+def test_no_document_is_padded_beyond_what_the_model_reads():
+    classes = inference.length_classes([3, 90, 99, 100], 100)
+    assert classes == {16: [0], 96: [1], 100: [2, 3]}
+
+
+def test_a_model_of_few_positions_reads_as_many_by_default_and_refuses_more(tmp_path):
+    """The tokenizer would allow 512; the committed model has 96 positions."""
+    folder = Path(shutil.copytree(MODELS / "fineweb-edu", tmp_path / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 512}))
+    scorer = FineWebEdu(model=str(folder))
+    scorer.setup("cpu")
+    assert scorer.length == 96
+    assert np.isfinite(scorer.score(["many words " * 300])).all()
+    with pytest.raises(InputError, match="max_length: 600, and the model has 96 positions"):
+        FineWebEdu(model=str(folder), max_length=600).check()
+
+
+def test_padding_is_the_one_that_the_model_looks_for(tmp_path):
+    """A decoder with a head takes a document's last token to be the one before its own padding."""
+    folder = Path(shutil.copytree(MODELS / "fineweb-edu", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    with pytest.raises(InputError, match="pad_token_id is 7 in the config and 0 in the tokenizer"):
+        FineWebEdu(model=str(folder)).check()
 
 
 _STARVED = """

@@ -1,6 +1,7 @@
 """Plug-ins: real distributions are found, and every way in which one can be wrong is told in one line."""
 
 import importlib
+import shutil
 import sys
 import textwrap
 from importlib.metadata import distribution
@@ -8,9 +9,14 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from small_run import write_small_recipe
 
 from quadmix_plugin import registry
+from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import RecipeError
+from quadmix_plugin.executors import InlineExecutor
+from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.store import RunDirectory
 
 SCORER = """
 from dataclasses import dataclass, field
@@ -247,6 +253,22 @@ def test_what_a_plug_in_prints_on_import_stays_off_stdout(site: Site, capsys: py
 def test_the_origin_of_a_plug_in_is_its_distribution_and_version(site: Site) -> None:
     length_scorer(site)
     assert registry.origin("scorers", "length") == {"distribution": "length-scorer", "version": "1.2.3"}
+
+
+def test_labels_of_another_version_of_a_strangers_scorer_are_not_taken_for_its_own(site: Site, tmp_path: Path) -> None:
+    """Its version is part of the step's key; the project's own version is not."""
+    keys = []
+    for version in ("1.2.3", "1.2.4"):
+        for info in tmp_path.glob("*.dist-info"):
+            shutil.rmtree(info)
+        importlib.invalidate_caches()
+        entries = "[quadmix_plugin.scorers]\nlength = length_scorer:Length\n"
+        site.add("length-scorer", "length_scorer", SCORER, entries, version)
+        path = write_small_recipe(tmp_path / "run", scorers={"length": {}})
+        run = Run(load_recipe(path), RunDirectory(tmp_path / "run" / "out"), InlineExecutor)
+        keys.append(run.keys)
+    assert keys[0]["label"] != keys[1]["label"]
+    assert keys[1] == Run(run.recipe, run.directory, InlineExecutor).keys
 
 
 def test_a_plug_in_without_options_needs_none(site: Site) -> None:

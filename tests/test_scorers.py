@@ -254,7 +254,7 @@ def test_damaged_models_are_refused_in_one_line(tmp_path):
     fast = _copy("dclm-fasttext", tmp_path)
     (fast / "model.bin").write_bytes(b"not a model")
     for scorer, message in [
-        (FineWebEdu(model=str(folder)), "cannot be loaded"),
+        (FineWebEdu(model=str(folder)), "damaged or incomplete"),
         (DCLMFastText(model=str(fast)), "not a fastText model"),
         (DCLMFastText(model=str(MODELS / "dclm-fasttext"), sha256="0" * 64), "sha256"),
         (FineWebEdu(model=str(MODELS / "ask-llm")), "config|cannot be loaded|weights are missing|outputs"),
@@ -323,3 +323,52 @@ def test_padding_is_small_on_real_documents(texts):
     for coarse in (False, True):
         padded = sum(t * len(rows) for t, rows in inference.length_classes(lengths, coarse=coarse).items())
         assert padded / sum(lengths) - 1 <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ({"a": "weights.bin"}, "names 'weights.bin'; only safetensors files in the folder itself"),
+        ({"a": "../fineweb-edu/model.safetensors"}, "only safetensors files in the folder itself"),
+        ({"a": "missing.safetensors"}, "damaged or incomplete"),
+        ([], "damaged or incomplete"),
+    ],
+)
+def test_an_index_leads_to_nothing_but_safetensors_of_its_folder(tmp_path, weight_map, says):
+    folder = _copy("fineweb-edu", tmp_path / "a")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
+    _copy("fineweb-edu", tmp_path)
+    for use in (FineWebEdu(model=str(folder)).check, lambda: FineWebEdu(model=str(folder)).setup("cpu")):
+        with pytest.raises(InputError, match=says):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text_config": {"auto_map": {"AutoModel": "evil.Model"}}}, "auto_map"),
+        ({"attn_implementation": "somebody/kernel"}, "attn_implementation"),
+        ({"transformers_weights": "other.bin"}, "transformers_weights"),
+    ],
+)
+def test_a_config_that_leads_to_foreign_code_or_weights_is_refused(tmp_path, change, says):
+    folder = _copy("ask-llm", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=says):
+        AskLLM(model=str(folder)).setup("cpu")
+
+
+@pytest.mark.parametrize("content", ["3", "[]", "{", "null"])
+def test_a_config_that_is_no_mapping_is_refused(tmp_path, content):
+    folder = _copy("ask-llm", tmp_path)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        AskLLM(model=str(folder)).check()
+
+
+@pytest.mark.parametrize("model", ["", "x" * 5000, "a\0b"])
+def test_names_that_no_model_can_have_are_refused(model):
+    with pytest.raises(InputError, match="no such folder"):
+        FineWebEdu(model=model)

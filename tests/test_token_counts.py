@@ -56,10 +56,17 @@ def test_odd_documents_get_a_count_near_their_own(tokenizer, text):
     assert abs(estimated - counted) <= 0.1 * counted + 1
 
 
-def test_texts_to_check_are_a_64th_and_the_same_ones_every_time(texts):
+def test_a_document_whose_words_lie_between_the_windows_is_not_empty(tokenizer):
+    text = " " * 3000 + "one two three" + " " * 10
+    for name in ("tokenizer", "ask-llm", "fineweb-edu"):
+        chosen = models.load_tokenizer(str(MODELS / name))
+        assert estimate_tokens(chosen, [text])[0] >= 3
+
+
+def test_texts_to_check_are_about_a_64th_whatever_their_order(texts):
     chosen = [is_checked(text) for text in texts]
     assert 8 <= sum(chosen) <= 45
-    assert chosen == [is_checked(text) for text in texts]
+    assert [is_checked(text) for text in reversed(texts)] == chosen[::-1]
 
 
 def test_errors_add_up_over_shards():
@@ -69,4 +76,4 @@ def test_errors_add_up_over_shards():
         compare(np.array([], dtype=np.int64), np.array([], dtype=np.int64)),
     ]
     assert estimate_error(parts) == {"documents": 3, "bias": 0.0, "mean_error": 4 / 35}
-    assert estimate_error([]) == {"documents": 0, "bias": 0.0, "mean_error": 0.0}
+    assert estimate_error([]) == {"documents": 0, "bias": None, "mean_error": None}

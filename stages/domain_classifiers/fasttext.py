@@ -2,32 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadmix_plugin import fasttext_process, models
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.fasttext_model import FastTextModel
 
 _PREFIX = "__label__"
 _NO_LABEL = "other"
 
 
 @dataclass
-class FastTextDomain:
+class FastTextDomain(FastTextModel):
     """Labels each document with the most probable label of a fastText model; line breaks become spaces.
 
     A document to which the model gives no label, because it knows none of its words, is of the domain ``other``. (A
-    model that knows the end of a line, ``</s>``, gives even an empty document a label: what it expects of any.) The
-    model runs in a child process, which a damaged file may crash (``fasttext_process``). A file with exchanged labels
-    is sound: only ``sha256`` tells. ``download`` logs the digest of a file that has none (level INFO).
-
-    Args:
-        model: a ``.bin`` or ``.ftz`` file, a folder that holds one ``.bin``, or a hub id with ``revision``.
-        revision: the 40 hex digits of a commit on the hub.
-        file: name of the file in the folder or on the hub, where there are several.
-        sha256: digest that the file must have; fastText itself checks nothing when it loads.
+    model that knows the end of a line, ``</s>``, gives even an empty document a label: what it expects of any.)
+    Options are those of ``FastTextModel``.
 
     Raises:
         InputError: no such file, not a fastText model, damaged, another digest, or labels that do not name domains.
@@ -36,39 +30,16 @@ class FastTextDomain:
     name: ClassVar[str] = "fasttext"
     uses_gpu: ClassVar[bool] = False
 
-    model: str
-    revision: str | None = None
-    file: str | None = None
-    sha256: str | None = None
-
     def __post_init__(self) -> None:
-        models.check_source(self.model, self.revision)
-        self._process: Any = None
+        super().__post_init__()
         self._labels: list[str] = []
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has the options and no process
-        return type(self), (self.model, self.revision, self.file, self.sha256)
-
-    def download(self) -> None:
-        """Fetches the model into the hub's cache, once per machine."""
-        fasttext_process.download(self.model, self.revision, self.file, self.sha256)
-
-    def check(self) -> None:
-        """Loads the model for a moment, so that a fault shows before the first document."""
-        self.setup("cpu")
-        self._process.close()
-        self._process = None
-
-    def setup(self, device: str) -> None:
-        """Loads the model; ``device`` is of no consequence, fastText runs on the CPU."""
-        path = fasttext_process.model_path(self.model, self.revision, self.file)
-        process = fasttext_process.FastTextProcess(path, self.sha256)
-        labels = [label.removeprefix(_PREFIX) for label in process.labels]
-        if not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
-            process.close()
+    def read_labels(self, path: Path, labels: list[str]) -> None:
+        """The domains' names."""
+        names = [label.removeprefix(_PREFIX) for label in labels]
+        if not all(name.strip() for name in names) or len(set(names)) < len(names):
             raise InputError(f"{path}: labels that are empty or the same without {_PREFIX}; train it with other labels")
-        self._labels = labels if _NO_LABEL in labels else [*labels, _NO_LABEL]
-        self._process = process
+        self._labels = names if _NO_LABEL in names else [*names, _NO_LABEL]
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The domain of each text."""

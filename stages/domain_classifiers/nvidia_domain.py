@@ -86,12 +86,22 @@ class NvidiaDomain(DocumentModel):
         """The labels, and the backbone's architecture."""
         self._labels = read_labels(folder)
         self._config = self._backbone_config(folder)
+        self.limit_positions(self._config, folder)
+        shapes = {
+            name: shape for file in models.weight_files(folder) for name, shape in models.weight_shapes(file).items()
+        }
+        outputs = shapes.get("fc.weight", (0,))[0]
+        if outputs != len(self._labels):
+            raise InputError(
+                f"{folder}: its head has {outputs} outputs and does not fit the {len(self._labels)} labels of "
+                f"id2label; fetch the config and the weights of one model"
+            )
 
     def load_network(self, folder: Path) -> Any:
         """Backbone and head, with as many outputs as there are labels."""
         network = build_network(self._config, len(self._labels))
-        _load_weights(network, models.weights_path(folder))
-        return network.eval().to(self._device, models.model_dtype(self._device))
+        _load_weights(network, models.weight_files(folder))
+        return models.on_device(network.eval(), folder, self._device)
 
     def forward(self, ids: Any, mask: Any) -> Any:
         """The logits, [b, number of labels]."""
@@ -99,27 +109,37 @@ class NvidiaDomain(DocumentModel):
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The domain of each text."""
-        logits = self.run([text[: self.characters] for text in texts])
-        return [self._labels[m] for m in logits.argmax(axis=1)] if len(texts) else []
+        return [self._labels[m] for m in self._logits(texts).argmax(axis=1)]
 
     def probabilities(self, texts: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
         """The labels, and the probability of each for every text, float32 [n, number of labels]."""
+        return self._labels, softmax(self._logits(texts), axis=1)
+
+    def _logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if not len(texts):
+            return np.empty((0, len(self._labels)), dtype=np.float32)
         logits = self.run([text[: self.characters] for text in texts])
-        shape = (len(texts), len(self._labels))
-        return self._labels, softmax(logits, axis=1) if len(texts) else np.empty(shape, dtype=np.float32)
+        if bad := int((~np.isfinite(logits)).any(axis=1).sum()):
+            raise InputError(
+                f"{self.model}: logits of {bad} of {len(texts)} documents are not finite; its weights are damaged, or "
+                f"too large for bfloat16 (device: cpu computes in float32)"
+            )
+        return logits
 
     def _backbone_config(self, folder: Path) -> Any:
         """The backbone's architecture: in the model's own config, in a folder beside it, known, or on the hub."""
         from transformers import AutoConfig
 
         config = models.read_config(folder)
-        base = str(config.get("base_model", ""))
+        base = str(config.get("base_model") or "")
         place = folder
         if "hidden_size" not in config:
+            if not base:
+                raise InputError(f"{folder}/config.json: neither describes a backbone nor names one (base_model)")
             inside = folder / base
-            if not (base and inside.is_dir()) and base in _BACKBONES:
+            if not inside.is_dir() and base in _BACKBONES:
                 return AutoConfig.for_model(**_BACKBONES[base])
-            place = inside if base and inside.is_dir() else models.model_folder(base, self.base_revision)
+            place = inside if inside.is_dir() else models.model_folder(base, self.base_revision)
         return models.load_config(place)
 
 
@@ -170,12 +190,12 @@ def build_network(config: Any, n_labels: int, dropout: float = 0.0) -> "torch.nn
     return Network()
 
 
-def _load_weights(network: Any, path: Path) -> None:
+def _load_weights(network: Any, files: Sequence[Path]) -> None:
     from safetensors.torch import load_file
 
     try:
-        weights = {k: v for k, v in load_file(path).items() if not k.endswith("position_ids")}
-        network.load_state_dict({k: v.float() for k, v in weights.items()})
+        weights = {name: weight.float() for file in files for name, weight in load_file(file).items()}
+        network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("position_ids")})
     except Exception as error:  # safetensors, key and shape errors have no common class
         lines = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: does not fit the config ({lines}); fetch the model again") from error
+        raise InputError(f"{files[0]}: does not fit the config ({lines}); fetch the model again") from error

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.inference import DocumentModel, Ids
+from quadmix_plugin.inference import MOST_PADDING, DocumentModel, Ids
 
 PROMPT = (
     "###\n{document}\n###\n\n"
@@ -26,10 +26,11 @@ PROMPT = (
 """The default question, for the T5 family; a decoder is asked the same with ``ANSWER:`` at the end."""
 
 _DOCUMENT = "{document}"
+_ONE_DATE = "{% macro strftime_now(format) %}1 Jan 2025{% endmacro %}"
+"""Before a chat template: a prompt with today's date would score otherwise tomorrow."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _YES = ("yes", "Yes")
 _YES_OF_DECODERS = ("yes", "Yes", "YES", " yes", " Yes", " YES")
-_LAST_POSITIONS = 32  # the last token is among these: no document is padded by more
 
 
 @dataclass
@@ -69,13 +70,19 @@ class AskLLM(DocumentModel):
 
     def facts(self) -> dict[str, Any]:
         """The model, and the question as it is asked."""
-        self._decodes_only = self._is_causal(models.model_folder(self.model, self.revision))
-        asked = {"prompt": self._default_prompt(), "yes_tokens": list(self._yes_words()), "chat": self.chat}
+        folder = models.model_folder(self.model, self.revision)
+        self._decodes_only = self._is_causal(folder)
+        self._tokenizer = models.load_transformers_tokenizer(folder)
+        asked = {"prompt": self._whole_prompt(folder), "yes_tokens": list(self._yes_words()), "chat": self.chat}
         return {**super().facts(), **asked}
 
     def read_folder(self, folder: Path) -> None:
         """Whether it is an encoder-decoder or a causal model; the question and the answer in its tokens."""
         self._decodes_only = self._is_causal(folder)
+        config = models.load_config(folder)
+        self.limit_positions(config, folder)
+        if not self._decodes_only and config.decoder_start_token_id is None:
+            raise InputError(f"{folder}/config.json: no decoder_start_token_id, with which an answer begins; add it")
         self._yes_ids = self._single_tokens(folder)
         self._question = Question(self._tokenizer, self._whole_prompt(folder), self.length, plain=not self.chat)
 
@@ -111,7 +118,7 @@ class AskLLM(DocumentModel):
         import torch
 
         width = ids.shape[1]  # logits of a whole vocabulary at every position would fill the memory
-        keep = min(width, _LAST_POSITIONS) if self._keeps_last else width
+        keep = min(width, MOST_PADDING) if self._keeps_last else width
         options = {"logits_to_keep": keep} if self._keeps_last else {}
         logits = self._network(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
         return logits[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1 - (width - keep)]
@@ -144,7 +151,13 @@ class AskLLM(DocumentModel):
             raise InputError(f"{folder}: its tokenizer has no chat template; leave ask-llm.chat out")
         try:
             message = [{"role": "user", "content": prompt}]
-            text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                message,
+                chat_template=_ONE_DATE + self._tokenizer.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # of templates that know it: the answer is the first token, not a thought
+            )
         except Exception as error:  # whatever a model's template raises
             raise InputError(f"{folder}: its chat template fails ({models.first_line(error)})") from error
         if text.count(_DOCUMENT) != 1:

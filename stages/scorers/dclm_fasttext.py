@@ -6,31 +6,24 @@ changes. DCLM-Baseline kept documents above 0.018112.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadmix_plugin import fasttext_process, models
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.fasttext_model import FastTextModel
 
 _HIGH = "__label__hq"
 _LABELS = {_HIGH, "__label__cc"}
 
 
 @dataclass
-class DCLMFastText:
+class DCLMFastText(FastTextModel):
     """Scores documents with a supervised fastText model of the labels ``hq`` and ``cc``.
 
-    The model runs in a child process, which a damaged file may crash (``fasttext_process``). A file in which the two
-    labels are exchanged is sound and reverses every score: only ``sha256`` tells. ``download`` logs the digest of a
-    file that has none (level INFO).
-
-    Args:
-        model: a ``.bin`` file, a folder that holds one, or a hub id with ``revision``.
-        revision: the 40 hex digits of a commit on the hub.
-        file: name of the ``.bin`` in the folder or on the hub, where there are several.
-        sha256: digest that the file must have; fastText itself checks nothing when it loads.
+    Options are those of ``FastTextModel``. A file in which the two labels are exchanged reverses every score.
 
     Raises:
         InputError: no such file, not a fastText model, damaged, another digest, or other labels.
@@ -41,38 +34,14 @@ class DCLMFastText:
     uses_gpu: ClassVar[bool] = False
 
     model: str = "mlfoundations/fasttext-oh-eli5"
-    revision: str | None = None
-    file: str | None = None
-    sha256: str | None = None
 
-    def __post_init__(self) -> None:
-        models.check_source(self.model, self.revision)
-        self._process: Any = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has the options and no process
-        return type(self), (self.model, self.revision, self.file, self.sha256)
-
-    def download(self) -> None:
-        """Fetches the model into the hub's cache, once per machine."""
-        fasttext_process.download(self.model, self.revision, self.file, self.sha256)
-
-    def check(self) -> None:
-        """Loads the model for a moment, so that a fault shows before the first document."""
-        self.setup("cpu")
-        self._process.close()
-        self._process = None
-
-    def setup(self, device: str) -> None:
-        """Loads the model; ``device`` is of no consequence, fastText runs on the CPU."""
-        path = fasttext_process.model_path(self.model, self.revision, self.file)
-        process = fasttext_process.FastTextProcess(path, self.sha256)
-        if (labels := set(process.labels)) != _LABELS:
-            process.close()
+    def read_labels(self, path: Path, labels: list[str]) -> None:
+        """Exactly hq and cc."""
+        if set(labels) != _LABELS:
             raise InputError(
                 f"{path}: has the labels {', '.join(sorted(labels)[:5])}; dclm-fasttext needs "
                 f"{' and '.join(sorted(_LABELS))}"
             )
-        self._process = process
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """P(hq) of each text, float32 [n], clipped to [0, 1] (fastText's own sum can reach 1.00001).

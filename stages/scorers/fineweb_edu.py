@@ -34,11 +34,18 @@ class FineWebEdu(DocumentModel):
     def read_folder(self, folder: Path) -> None:
         """A sequence classifier with one output."""
         config = models.load_config(folder)
-        if config.is_encoder_decoder or config.num_labels != 1:
+        kinds = config.architectures or []
+        if config.num_labels != 1 or not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise InputError(
-                f"{folder}: a {config.model_type} with {config.num_labels} outputs; fineweb-edu needs a regression "
-                f"model with one"
+                f"{folder}: a {', '.join(kinds) or config.model_type} with {config.num_labels} outputs; fineweb-edu "
+                f"needs a regression model with one"
             )
+        if config.pad_token_id != self._tokenizer.pad_token_id:  # decoders find a document's end by it
+            raise InputError(
+                f"{folder}: pad_token_id is {config.pad_token_id} in the config and {self._tokenizer.pad_token_id} in "
+                f"the tokenizer; give both the same"
+            )
+        self.limit_positions(config, folder)
 
     def load_network(self, folder: Path) -> Any:
         """Encoder and head."""
