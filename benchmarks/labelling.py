@@ -168,6 +168,7 @@ def main(
     documents: Annotated[int, typer.Option(help="documents for the tiny models")] = 1000,
     published: Annotated[int, typer.Option(help="documents for the BERT of the published shape")] = 96,
     repeats: Annotated[int, typer.Option(help="runs; medians are reported")] = 3,
+    only: Annotated[str | None, typer.Option(help="only the speeds whose title holds this")] = None,
     out: Annotated[Path | None, typer.Option(help="also write the report to this file")] = None,
 ) -> None:
     """Measures and prints Markdown tables."""
@@ -175,13 +176,21 @@ def main(
     tokenizer = models.load_transformers_tokenizer(folder / "fineweb-edu")
     lengths = np.array([len(ids) for ids in inference.token_ids(tokenizer, texts, 512)])
     short = [texts[i] for i in np.flatnonzero(lengths <= SHORT)]
+    openings = [text.strip().partition("\n\n")[0] for text in texts]
+    openings = [text for text in openings if len(text) < 3 * SHORT]
     few = [text for text in texts if len(PROMPT) + len(text) < 512]  # prompts that none of the loops would cut
-    sections = [padding(folder / "fineweb-edu", texts)]
+    sections = [] if only else [padding(folder / "fineweb-edu", texts)]
     with TemporaryDirectory() as scratch:
         base = make_published_shape(Path(scratch) / "bert-base", folder / "fineweb-edu", texts)
         cases = [
             ("fineweb-edu", folder / "fineweb-edu", texts[:documents], "real documents"),
             ("fineweb-edu", folder / "fineweb-edu", short[:documents], f"documents of at most {SHORT} tokens"),
+            (
+                "fineweb-edu",
+                folder / "fineweb-edu",
+                openings[: 2 * documents],
+                "first paragraphs of under 300 characters",
+            ),
             ("domain", folder / "domain", texts[:documents], "real documents"),
             ("domain", folder / "domain", short[:documents], f"documents of at most {SHORT} tokens"),
             ("ask-llm", folder / "ask-llm", few[:documents], "documents whose prompt is not cut"),
@@ -189,11 +198,15 @@ def main(
             ("fineweb-edu", base, short[: 2 * published], f"documents of at most {SHORT} tokens, {PUBLISHED}"),
         ]
         for name, place, some, what in cases:
-            runs = repeats if place != base else 1
-            found = in_fresh_process(measure, name, place, some, runs)
             title = f"{name}: {len(some):,} {what}"
+            if only and only not in title:
+                continue
+            found = in_fresh_process(measure, name, place, some, repeats if place != base else 1)
             sections.append(speed_table(title, some, found))
             progress(sections[-1])
+    if only:
+        report("Labelling", sections, out)
+        return
     sections.append(in_fresh_process(count_table, folder / "fineweb-edu", texts[:8000], repeats))
     progress(sections[-1])
     seconds = {n: [scaling(folder / "fineweb-edu", texts[: 4 * documents], n) for _ in range(repeats)] for n in (1, 2)}

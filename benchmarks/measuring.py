@@ -23,7 +23,7 @@ from typing import ParamSpec, Self, TypeVar
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_VERSIONS = ("numpy", "numba", "pandas", "polars", "duckdb", "pyarrow", "quadmix-plugin")
+_VERSIONS = ("numpy", "numba", "pandas", "polars", "duckdb", "pyarrow", "torch", "transformers", "quadmix-plugin")
 
 
 @dataclass

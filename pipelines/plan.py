@@ -34,7 +34,7 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     """
     run = Run(recipe, RunDirectory(out), lambda: executor_of(recipe))
     refuse_other_recipe(run)
-    check_before_work(run, run.steps)
+    check_before_work(run, run.steps, fetch=False)
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)

@@ -20,8 +20,10 @@ _RESERVED = "objective"
 """The report's name for the weighted mean of the tasks."""
 
 
-def check_before_work(run: Run, steps: Sequence[str]) -> None:
+def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> None:
     """Checks tokenizer, labelling models, validation rows, objective and given parameters for what is not done.
+
+    Without ``fetch`` labelling models that are not on this machine are left unchecked.
 
     Raises:
         RecipeError: a key that does not fit the others, or the data that it names.
@@ -38,7 +40,7 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
     except InputError as error:
         raise RecipeError(f"tokenizer.eod: {error}") from error
     if "label" in todo:
-        _check_labelling_models(run)
+        _check_labelling_models(run, fetch)
     if {"proxies", "search"} & set(todo):
         _check_number_of_proxies(run)
     if "normalise" in todo:
@@ -57,10 +59,10 @@ def check_before_work(run: Run, steps: Sequence[str]) -> None:
                 validation_sets(table, part)
 
 
-def _check_labelling_models(run: Run) -> None:
+def _check_labelling_models(run: Run, fetch: bool) -> None:
     for stage in label_stages(run):
         if isinstance(stage, DomainClassify | QualityScore):
-            stage.check()
+            stage.check(fetch=fetch)
 
 
 def _check_given_parameters(run: Run) -> None:

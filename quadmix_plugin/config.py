@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.parameters import ParameterSpace
-
-_MAX_BYTES = 1 << 20
+from quadmix_plugin.strict_yaml import read_mapping
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -241,25 +240,6 @@ class Recipe(Section):
     executor: Executor = Executor()
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """``SafeLoader`` that refuses a key given twice, and aliases, which can blow a small file up."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe; ``overrides`` are ``key.key=value`` pairs of ``--set``. Paths come out absolute.
 
@@ -268,7 +248,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             the wrong type; plug-in names and their options are checked as well.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = read_mapping(path)
     for override in overrides or []:
         _override(content, override)
     try:
@@ -301,28 +281,6 @@ def scorer_plugin(name: str, options: Options) -> tuple[str, Options]:
     """The plug-in behind an entry of ``scorers`` (or ``select.compare``) and its options."""
     rest = {key: value for key, value in options.items() if key not in ("scorer", "selector")}
     return str(options.get("scorer", options.get("selector", name))), rest
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path}: {path.stat().st_size} bytes; a recipe is at most {_MAX_BYTES}")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise RecipeError(f"{path}: no such file; `quadmix init DIR` writes a starter recipe") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path}: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: holds {type(content).__name__}; a recipe is a mapping of keys to values")
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not valid YAML"
-    return f"line {mark.line + 1}: {problem}" if mark else f"not valid YAML ({str(error).splitlines()[0]})"
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -49,9 +49,13 @@ class DomainClassify(ProcessingStage[DocumentBatch, DocumentBatch]):
         if self.top_k and not hasattr(self._handle.plugin, "probabilities"):
             raise RecipeError(f"domain.top_k: {self.classifier} gives no probabilities; leave top_k out")
 
-    def check(self) -> None:
-        """Finds what is wrong with the model before the first document, as far as the plug-in can tell."""
-        self._handle.check()
+    def check(self, *, fetch: bool = True) -> None:
+        """Finds what is wrong with the model before the first document, as far as the plug-in can tell.
+
+        Without ``fetch`` a model that is not on this machine is left unchecked.
+        """
+        if fetch or self._handle.is_here:
+            self._handle.check()
 
     def facts(self) -> dict[str, Any]:
         """What is known of the classifier; for the run's provenance."""

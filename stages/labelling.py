@@ -15,7 +15,7 @@ from nemo_curator.tasks import DocumentBatch
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.models import choose_device
+from quadmix_plugin.models import choose_device, is_local
 
 
 @dataclass
@@ -52,6 +52,12 @@ class PluginHandle:
         """One core, and one GPU where the plug-in uses it."""
         on_gpu = self.device.startswith("cuda") and getattr(self.plugin, "uses_gpu", True)
         return Resources(cpus=1.0, gpus=1.0 if on_gpu else 0.0)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the plug-in's model is on this machine, or it has none."""
+        model = getattr(self.plugin, "model", None)
+        return model is None or is_local(str(model))
 
     def facts(self) -> dict[str, Any]:
         """Name, origin and options of the plug-in, and what it says of itself (its ``facts``, where it has any)."""

@@ -61,9 +61,13 @@ class QualityScore(ProcessingStage[DocumentBatch, DocumentBatch]):
         """The direction of the scores."""
         return bool(self._handle.plugin.higher_is_better)
 
-    def check(self) -> None:
-        """Finds what is wrong with the model before the first document, as far as the plug-in can tell."""
-        self._handle.check()
+    def check(self, *, fetch: bool = True) -> None:
+        """Finds what is wrong with the model before the first document, as far as the plug-in can tell.
+
+        Without ``fetch`` a model that is not on this machine is left unchecked.
+        """
+        if fetch or self._handle.is_here:
+            self._handle.check()
 
     def facts(self) -> dict[str, Any]:
         """What is known of the scorer; for the run's provenance."""

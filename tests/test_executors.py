@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from dask.system import CPU_COUNT
 from nemo_curator.pipeline import Pipeline
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
@@ -326,6 +327,15 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_executor_goes_on(corpus
         assert addresses == {"127.0.0.1"}
     assert psutil.wait_procs(ours, timeout=10)[1] == []
     assert {name: os.environ.get(name) for name in names} == before
+
+
+@pytest.mark.parametrize("given", [{}, {"RAYON_NUM_THREADS": "7"}])
+def test_one_worker_has_the_tokenizer_threads_of_all_cores(corpus, given):
+    names = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    with DaskExecutor(n_workers=1, worker_env=given) as executor:
+        [row] = [task.data.iloc[0] for task in _run(executor, corpus, Environment(names))][:1]
+    share = {"RAYON_NUM_THREADS": str(CPU_COUNT), "TOKENIZERS_PARALLELISM": "true"} if CPU_COUNT > 1 else {}
+    assert {name: row[name] for name in {**share, **given}} == {**share, **given}
 
 
 def _listeners(process: psutil.Process) -> list[str]:

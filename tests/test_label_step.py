@@ -11,7 +11,9 @@ from small_run import MODELS, write_small_recipe
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.pipelines.context import open_run
+from quadmix_plugin.pipelines.plan import make_plan
 from quadmix_plugin.pipelines.run import run_steps
+from quadmix_plugin.stages.scorers.ask_llm import AskLLM
 
 
 def _label(folder: Path, **sections):
@@ -125,3 +127,24 @@ def _broken_models(folder: Path) -> dict[str | None, str]:
     del config["label2id"]
     (found["SWAPPED"] / "config.json").write_text(json.dumps(config))
     return {name: str(path) for name, path in found.items()}
+
+
+def test_plan_fetches_no_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = {"ask-llm": {"model": "somebody/large", "revision": "0" * 40}}
+    plan = make_plan(load_recipe(write_small_recipe(tmp_path, scorers=given)), tmp_path / "out")
+    assert [row["state"] for row in plan["steps"]].count("done") == 0
+    broken = {"ask-llm": {"model": _broken_models(tmp_path / "models")["TRUNCATED"]}}
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        make_plan(load_recipe(write_small_recipe(tmp_path, scorers=broken)), tmp_path / "out")
+
+
+def test_a_plug_in_whose_facts_cannot_be_written_is_named_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(AskLLM, "facts", lambda self: {"threshold": float("nan")})
+    recipe = load_recipe(write_small_recipe(tmp_path))
+    with (
+        open_run(recipe, tmp_path / "out") as run,
+        pytest.raises(InputError, match=r"ask-llm: its facts are not plain"),
+    ):
+        run_steps(run, ["label"])
+    assert not list((tmp_path / "out" / "labels").glob("*"))
