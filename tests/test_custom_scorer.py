@@ -33,9 +33,15 @@ OPTIONS = {"min_words": 300}
 PRONOUNS = {"words": ["I", "you", "we"]}
 
 CANARY = """
+from dataclasses import dataclass
 from pathlib import Path
 Path({touched!r}).touch()
-class Canary: ...
+
+@dataclass
+class Canary:
+    higher_is_better = True
+    def setup(self, device): ...
+    def score(self, texts): ...
 """
 
 # Python with quadmix_plugin out of reach, as on a machine that does not have it.

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from small_run import MODELS, write_small_recipe
 
-from quadmix_plugin.config import load_recipe
+from quadmix_plugin.config import Recipe, load_recipe
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.pipelines.context import open_run
 from quadmix_plugin.pipelines.plan import make_plan
@@ -87,28 +87,35 @@ def test_counted_tokens_are_called_no_estimates(finished: Path):
         ("domain", {"classifier": "fasttext", "model": "TEXT"}, r"not a fastText model"),
     ],
 )
-def test_a_model_that_cannot_be_used_is_refused_before_the_corpus_is_read(tmp_path, monkeypatch, section, change, says):
+def test_a_model_that_cannot_be_used_is_refused_before_the_corpus_is_read(
+    tmp_path, monkeypatch, small, broken, section, change, says
+):
     """The corpus is not even there."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    broken = _broken_models(tmp_path / "models")
-    options = {name: dict(given) for name, given in change.items()} if section == "scorers" else {"domain": change}
-    for given in options.values():
-        given["model"] = broken.get(given.get("model"), given.get("model"))
-    given = {name: {"model": str(MODELS / name), **_known(o)} for name, o in options.items()}
-    path = write_small_recipe(tmp_path, **{section: given["domain"] if section == "domain" else given})
-    recipe = load_recipe(path)
+    options = (
+        {name: dict(given) for name, given in change.items()} if section == "scorers" else {"domain": dict(change)}
+    )
+    for name, given in options.items():
+        model = given.get("model", str(MODELS / name))
+        given["model"] = broken.get(model, model)
+    changed = {**small.model_dump(), section: options["domain"] if section == "domain" else options}
+    changed["corpus"]["path"] = str(tmp_path / "corpus.parquet")
     (tmp_path / "corpus.parquet").write_bytes(b"not Parquet")
+    recipe = Recipe.model_validate(changed)
     with open_run(recipe, tmp_path / "out") as run, pytest.raises(InputError, match=says) as caught:
         run_steps(run, ["label"])
     assert "\n" not in str(caught.value)
 
 
-def _known(options: dict) -> dict:
-    return {key: value for key, value in options.items() if value is not None}
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Recipe:
+    return load_recipe(write_small_recipe(tmp_path_factory.mktemp("recipe")))
 
 
-def _broken_models(folder: Path) -> dict[str | None, str]:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[str, str]:
     """A model of each kind of damage, by what is wrong with it."""
+    folder = tmp_path_factory.mktemp("broken")
     found = {name: folder / name for name in ("NO_WEIGHTS", "TRUNCATED", "CUT_FASTTEXT", "SWAPPED", "TEXT")}
     for name in ("NO_WEIGHTS", "TRUNCATED"):
         shutil.copytree(MODELS / "ask-llm", found[name])
@@ -129,14 +136,14 @@ def _broken_models(folder: Path) -> dict[str | None, str]:
     return {name: str(path) for name, path in found.items()}
 
 
-def test_plan_fetches_no_model(tmp_path, monkeypatch):
+def test_plan_fetches_no_model(tmp_path, monkeypatch, broken):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     given = {"ask-llm": {"model": "somebody/large", "revision": "0" * 40}}
     plan = make_plan(load_recipe(write_small_recipe(tmp_path, scorers=given)), tmp_path / "out")
     assert [row["state"] for row in plan["steps"]].count("done") == 0
-    broken = {"ask-llm": {"model": _broken_models(tmp_path / "models")["TRUNCATED"]}}
+    here = {"ask-llm": {"model": broken["TRUNCATED"]}}
     with pytest.raises(InputError, match="damaged or incomplete"):
-        make_plan(load_recipe(write_small_recipe(tmp_path, scorers=broken)), tmp_path / "out")
+        make_plan(load_recipe(write_small_recipe(tmp_path, scorers=here)), tmp_path / "out")
 
 
 def test_a_plug_in_whose_facts_cannot_be_written_is_named_before_work(tmp_path, monkeypatch):
