@@ -330,8 +330,10 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_executor_goes_on(corpus
 
 
 @pytest.mark.parametrize("given", [{}, {"RAYON_NUM_THREADS": "7"}])
-def test_one_worker_has_the_tokenizer_threads_of_all_cores(corpus, given):
+def test_one_worker_has_the_tokenizer_threads_of_all_cores(corpus, given, monkeypatch):
     names = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    for name in names:  # what the user's own environment says goes first
+        monkeypatch.delenv(name, raising=False)
     with DaskExecutor(n_workers=1, worker_env=given) as executor:
         [row] = [task.data.iloc[0] for task in _run(executor, corpus, Environment(names))][:1]
     share = {"RAYON_NUM_THREADS": str(CPU_COUNT), "TOKENIZERS_PARALLELISM": "true"} if CPU_COUNT > 1 else {}
