@@ -167,7 +167,7 @@ def test_changed_corpus_is_refused(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.parquet"
     os.utime(corpus, ns=(1, 1))
     with (
-        pytest.raises(RecipeError, match="files that the recipe names, or the versions of .* plug-ins, have changed"),
+        pytest.raises(RecipeError, match=r"files that the recipe names, or the versions of .* plug-ins, have changed"),
         open_run(load_recipe(path), tmp_path / "out"),
     ):
         pass
