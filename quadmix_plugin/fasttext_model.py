@@ -3,7 +3,6 @@
 What the labels mean is each plug-in's own.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.fasttext_process import FastTextProcess, digest
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class FastTextModel:
     """A supervised fastText model in a child process, which a damaged file may crash (``fasttext_process``).
 
-    A file in which labels are exchanged is sound: only ``sha256`` tells. ``download`` logs the digest of a file that
-    has none (level INFO).
+    A file in which labels are exchanged is sound: only ``sha256`` tells. The digest of the file that was used is in the
+    run's provenance.
 
     Args:
         model: a ``.bin`` or ``.ftz`` file, a folder that holds one ``.bin``, or a hub id with ``revision``.
@@ -42,10 +39,13 @@ class FastTextModel:
         return type(self), (self.model, self.revision, self.file, self.sha256)
 
     def download(self) -> None:
-        """Fetches the file, once per machine; without ``sha256`` logs its digest."""
+        """Fetches the file, once per machine."""
+        model_path(self.model, self.revision, self.file)
+
+    def facts(self) -> dict[str, Any]:
+        """The file and its digest, for the run's provenance and to pin it."""
         path = model_path(self.model, self.revision, self.file)
-        if self.sha256 is None and logger.isEnabledFor(logging.INFO):  # seconds for a large model
-            logger.info("%s: give sha256: %s, so that no other file is taken for it", path, digest(path))
+        return {"model": self.model, "revision": self.revision, "file": path.name, "sha256": digest(path)}
 
     def check(self) -> None:
         """Loads the model for a moment, so that a fault shows before the first document.

@@ -7,6 +7,7 @@ memory, and gives the results back in the order of the documents. How models are
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ _SECONDS_BETWEEN_REPORTS = 30
 
 
 @dataclass
-class DocumentModel:
+class DocumentModel(ABC):
     """What the transformers plug-ins share: options, loading, and ``run`` over texts.
 
     A plug-in gives ``load_network`` and ``forward``; ``read_folder`` where it needs more than tokenizer and weights,
@@ -120,16 +121,16 @@ class DocumentModel:
             self.length,
         )
 
-    def read_folder(self, folder: Path) -> None:
+    def read_folder(self, folder: Path) -> None:  # noqa: B027 - a plug-in may need nothing
         """Reads what the plug-in needs of the model's files, and refuses what it cannot use."""
 
+    @abstractmethod
     def load_network(self, folder: Path) -> "torch.nn.Module":
         """The network, ready to infer on ``self._device``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
         """Ids and mask [b, t] to results [b, k]."""
-        raise NotImplementedError
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, at most ``length`` of them."""

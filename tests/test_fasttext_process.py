@@ -3,7 +3,6 @@
 import copy
 import gc
 import hashlib
-import logging
 import os
 import pickle
 import signal
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from fasttext_models import labelled_lines, train
 
-from quadmix_plugin import fasttext_child, fasttext_model
+from quadmix_plugin import fasttext_child
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.fasttext_file import DamagedError, NoClassifierError, inspect
 from quadmix_plugin.fasttext_process import FastTextProcess
@@ -228,13 +227,10 @@ def test_damage_that_only_the_digest_shows(tmp_path):
     FastTextProcess(MODEL, hashlib.sha256(data).hexdigest()).close()
 
 
-def test_download_logs_the_digest_where_none_is_given_and_it_will_be_seen(caplog):
-    digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
-    with caplog.at_level(logging.INFO, logger=fasttext_model.__name__):
-        DCLMFastText(str(MODEL), sha256=digest).download()
-        assert not caplog.records
-        DCLMFastText(str(MODEL)).download()
-    assert f"sha256: {digest}" in caplog.text
+def test_the_digest_of_the_file_in_use_is_told_so_that_it_can_be_pinned():
+    facts = DCLMFastText(str(MODEL.parent)).facts()
+    assert (facts["file"], facts["sha256"]) == ("model.bin", hashlib.sha256(MODEL.read_bytes()).hexdigest())
+    DCLMFastText(str(MODEL), sha256=facts["sha256"]).check()
 
 
 # Deaths
