@@ -30,6 +30,7 @@ from quadmix_plugin.executors import DaskExecutor
 from quadmix_plugin.stages import QualityScore
 from quadmix_plugin.stages.domain_classifiers.nvidia_domain import NvidiaDomain
 from quadmix_plugin.stages.scorers.ask_llm import PROMPT, AskLLM
+from quadmix_plugin.stages.scorers.dclm_fasttext import DCLMFastText
 from quadmix_plugin.stages.scorers.fineweb_edu import FineWebEdu
 
 PLUGINS: dict[str, tuple[type[inference.DocumentModel], Callable]] = {
@@ -147,6 +148,44 @@ def count_table(tokenizer_folder: Path, texts: Sequence[str], repeats: int) -> s
     return markdown([*header, "95th percentile of a document's error", "error of the sum"], rows)
 
 
+def measure_fasttext(folder: Path, texts: Sequence[str], repeats: int) -> dict[str, tuple[Cost, float]]:
+    """Wall time of the DCLM scorer, whose model is in a child process, and of fastText's own call in this one."""
+    import fasttext
+
+    plugin = DCLMFastText(model=str(folder))
+    plugin.setup("cpu")
+    model = fasttext.load_model(str(folder / "model.bin"))
+
+    def in_process(some: Sequence[str]) -> Any:
+        labels, shares = model.predict([" ".join(text.strip().splitlines()) for text in some], k=1)
+        pairs = zip(labels, shares, strict=True)
+        high = [float(p[0]) if label[0] == "__label__hq" else 1 - float(p[0]) for label, p in pairs]
+        return np.clip(high, 0, 1).astype(np.float32)
+
+    costs: dict[str, list[Cost]] = {"fasttext.predict": [], "quadmix": []}
+    for _ in range(repeats):
+        for way, score in (("fasttext.predict", in_process), ("quadmix", plugin.score)):
+            with metered() as cost:
+                scores = score(texts)
+            costs[way].append(cost)
+            if way == "fasttext.predict":
+                reference = scores
+    difference = float(np.abs(scores - reference).max())
+    return {way: (Cost.median(each), difference if way == "quadmix" else 0.0) for way, each in costs.items()}
+
+
+def fasttext_table(texts: Sequence[str], found: dict[str, tuple[Cost, float]]) -> str:
+    """Documents per second of wall time: the child's core-seconds are not this process' own."""
+    rows = []
+    for way, (cost, difference) in found.items():
+        ratio = found["fasttext.predict"][0].wall_s / cost.wall_s
+        rows.append(
+            [way, f"{cost.wall_s:.2f}", f"{len(texts) / cost.wall_s:,.0f}", f"{ratio:.2f}", f"{difference:.1e}"]
+        )
+    header = [f"dclm-fasttext: {len(texts):,} real documents", "wall s", "documents/s", "of fasttext.predict"]
+    return markdown([*header, "greatest difference of a score"], rows)
+
+
 def scaling(folder: Path, texts: Sequence[str], workers: int) -> float:
     """Wall seconds of one scoring stage over 16 shards on Dask, its workers started and warm."""
     stage = QualityScore("fineweb-edu", {"model": str(folder), "max_length": 512})
@@ -204,6 +243,12 @@ def main(
             found = in_fresh_process(measure, name, place, some, repeats if place != base else 1)
             sections.append(speed_table(title, some, found))
             progress(sections[-1])
+    if not only or only == "dclm-fasttext":
+        some = texts[:10_000]
+        sections.append(
+            fasttext_table(some, in_fresh_process(measure_fasttext, folder / "dclm-fasttext", some, repeats))
+        )
+        progress(sections[-1])
     if only:
         report("Labelling", sections, out)
         return
