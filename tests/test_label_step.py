@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_the_corpus_is_read(
     tmp_path, monkeypatch, small, broken, section, change, says
 ):
     """The corpus is not even there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = (
         {name: dict(given) for name, given in change.items()} if section == "scorers" else {"domain": dict(change)}
     )
@@ -137,7 +137,7 @@ def broken(tmp_path_factory) -> dict[str, str]:
 
 
 def test_plan_fetches_no_model(tmp_path, monkeypatch, broken):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = {"ask-llm": {"model": "somebody/large", "revision": "0" * 40}}
     plan = make_plan(load_recipe(write_small_recipe(tmp_path, scorers=given)), tmp_path / "out")
     assert [row["state"] for row in plan["steps"]].count("done") == 0
