@@ -40,9 +40,8 @@ def estimate_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> NDArray[np.
     whole = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     sampled = np.fromiter(map(len, samples), dtype=np.int64, count=len(texts))
     estimated = np.rint(counted * (whole / np.maximum(sampled, 1))).astype(np.int64)
-    missed = [
-        int(i) for i in np.flatnonzero(estimated == 0) if texts[int(i)].strip()
-    ]  # its words lie between the windows
+    # Words that lie between the windows are words all the same.
+    missed = [int(i) for i in np.flatnonzero(estimated == 0) if texts[int(i)].strip()]
     estimated[missed] = count_tokens(tokenizer, [texts[i] for i in missed])
     return estimated
 
