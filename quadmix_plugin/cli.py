@@ -327,12 +327,15 @@ class _Lines:
 
 
 def _quiet(verbose: bool) -> None:
-    """Libraries log errors only; set before they are imported, and inherited by worker processes."""
+    """Libraries log errors only; set before they are imported, and inherited by worker processes.
+
+    Dask's processes not even those: what goes wrong there is raised here, and the rest is of connections that end.
+    """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     defaults = {
-        "DASK_LOGGING__DISTRIBUTED": "info" if verbose else "error",
+        "DASK_LOGGING__DISTRIBUTED": "info" if verbose else "critical",
         "TRANSFORMERS_VERBOSITY": "warning" if verbose else "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "0" if verbose else "1",

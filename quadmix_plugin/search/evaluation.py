@@ -4,7 +4,8 @@ Nothing here chooses parameters. Every figure is measured on rows that the model
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,36 +117,68 @@ def cross_validate(
 class Noise:
     """How much of a task's loss is θ and how much is chance.
 
-    ``theta_sd``: standard deviation across θ (it holds the noise of one run each); ``noise_sd``: across seeds of one
-    θ; ``signal_to_noise``: their ratio, None when the repeats are equal; ``repeats``: how many seeds.
+    ``theta_sd``: standard deviation across θ (it holds the noise of one run each); ``noise_sd``: across seeds of the
+    same θ, pooled, with the 95 % chi-square interval ``noise_sd_low``..``noise_sd_high`` of its ``degrees`` of freedom
+    (normal noise, the same for all θ); ``signal_to_noise``: theta_sd / noise_sd, None when the repeats are equal;
+    ``reliability``: 1 - noise_sd² / theta_sd², at least 0: the share of the variance across θ that is not noise, and
+    so the R² that a perfect regressor reaches against losses of single seeds (0 where θ makes no difference);
+    ``repeats``: how many models were repeats, of ``thetas`` many θ.
+
+    Where all θ were trained under one seed, what that seed does alike to all of them counts in ``noise_sd`` but not in
+    ``theta_sd``; ``reliability`` is then too low.
     """
 
     theta_sd: float
     noise_sd: float
+    noise_sd_low: float
+    noise_sd_high: float
+    degrees: int
     signal_to_noise: float | None
+    reliability: float
     repeats: int
+    thetas: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain content for ``noise.json``."""
         return asdict(self)
 
 
-def noise(repeats: ArrayLike, across: ArrayLike, task: str = "loss") -> Noise:
-    """Signal and noise of a task: ``repeats`` are losses of one θ under several seeds, ``across`` those of many θ.
+def noise(repeats: Sequence[ArrayLike] | Array, across: ArrayLike, task: str = "loss") -> Noise:
+    """Signal and noise of a task: ``repeats`` are losses under several seeds, one array for each θ; ``across`` of many θ.
+
+    The arrays of ``repeats`` may differ in length; those with fewer than two losses are passed over.
 
     Raises:
-        InputError: fewer than two losses in either, or losses that are not finite.
+        InputError: no θ with two losses, fewer than two losses in ``across``, or losses that are not finite.
     """
-    same, different = np.asarray(repeats, dtype=np.float64), np.asarray(across, dtype=np.float64)
-    for name, values in (("repeats of one θ", same), ("θ", different)):
-        if values.ndim != 1 or values.size < 2:
-            raise InputError(f"noise of {task}: {values.size} {name}; at least 2 are needed")
-        if not np.isfinite(values).all():
-            raise InputError(f"noise of {task}: losses of {name} are not finite: {values.tolist()[:5]}; drop them")
-    noise_sd, theta_sd = float(same.std(ddof=1)), float(different.std(ddof=1))
-    if noise_sd == 0.0:
-        _log.warning("%s: all %d repeats have the same loss; does the trainer use its seed?", task, same.size)
-    return Noise(theta_sd, noise_sd, theta_sd / noise_sd if noise_sd else None, same.size)
+    from scipy.stats import chi2
+
+    different = _finite_losses(across, "θ", task)
+    if different.size < 2:
+        raise InputError(f"noise of {task}: {different.size} θ; at least 2 are needed")
+    given = [_finite_losses(losses, "repeats of one θ", task) for losses in repeats]
+    groups = [losses for losses in given if losses.size > 1]
+    if not groups:
+        sizes = [losses.size for losses in given]
+        raise InputError(f"noise of {task}: repeats of each θ: {sizes}; at least 2 of one θ are needed")
+    models = sum(losses.size for losses in groups)
+    degrees = models - len(groups)
+    squares = sum((losses.size - 1) * _variance(losses) for losses in groups)
+    if squares == 0.0:
+        _log.warning("%s: all %d repeats have the same loss; does the trainer use its seed?", task, models)
+    noise_sd, theta_sd = math.sqrt(squares / degrees), math.sqrt(_variance(different))
+    low, high = (math.sqrt(squares / quantile) for quantile in chi2.ppf([0.975, 0.025], degrees))
+    return Noise(
+        theta_sd=theta_sd,
+        noise_sd=noise_sd,
+        noise_sd_low=low,
+        noise_sd_high=high,
+        degrees=degrees,
+        signal_to_noise=theta_sd / noise_sd if noise_sd else None,
+        reliability=max(0.0, 1.0 - (noise_sd / theta_sd) ** 2) if theta_sd else 0.0,
+        repeats=models,
+        thetas=len(groups),
+    )
 
 
 def require_losses(losses: Mapping[str, ArrayLike], rows: int) -> dict[str, Array]:
@@ -180,3 +213,17 @@ def _summary(real: Array, predicted: Array) -> CrossValidation:
     mean = Metrics(**{name: float(np.mean([m[name] for m in each])) for name in each[0]})
     spread = Metrics(**{name: float(np.std([m[name] for m in each])) for name in each[0]})
     return CrossValidation(real, predicted, mean, spread)
+
+
+def _finite_losses(losses: ArrayLike, name: str, task: str) -> Array:
+    values = np.asarray(losses, dtype=np.float64)
+    if values.ndim != 1:
+        raise InputError(f"noise of {task}: losses of {name} have the shape {values.shape}; give a list of losses")
+    if not np.isfinite(values).all():
+        raise InputError(f"noise of {task}: losses of {name} are not finite: {values.tolist()[:5]}; drop them")
+    return values
+
+
+def _variance(losses: Array) -> float:
+    """The sample variance; exactly 0 for equal losses, whose mean may be off by a rounding."""
+    return float(losses.var(ddof=1)) if np.ptp(losses) else 0.0
