@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrai
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
     "normalise": ("normalise", "small_domains"),
-    "proxies": ("seed", "space", "validation", "proxy", "ranks"),
+    "proxies": ("seed", "space", "validation", "proxy", "proxy_context", "ranks"),
     "search": ("search",),
     "select": ("select", "rank"),
     "export": (),
@@ -46,7 +46,16 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "report": ("name",),
 }
 
-Progress = Callable[[str, int, int | None], None]
+
+class Progress(Protocol):
+    """Called with a stage's name, tasks done, tasks expected (None while unknown), and what else there is to say."""
+
+    def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
+        """Reports it."""
+
+
+def _silent(stage: str, done: int, total: int | None, /, note: str = "") -> None:
+    pass
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Run:
     recipe: Recipe
     directory: RunDirectory
     make_executor: Callable[[], BaseExecutor]
-    progress: Progress = field(default=lambda stage, done, total: None)
+    progress: Progress = field(default=_silent)
 
     @cached_property
     def executor(self) -> BaseExecutor:
@@ -65,6 +74,17 @@ class Run:
         if hasattr(executor, "on_progress"):
             executor.on_progress = self.progress  # type: ignore[attr-defined]
         return executor
+
+    @contextmanager
+    def watched_by(self, progress: Progress) -> Iterator[BaseExecutor]:
+        """The executor, reporting to ``progress`` for the time being."""
+        executor = self.executor
+        before = getattr(executor, "on_progress", None)
+        executor.on_progress = progress  # type: ignore[attr-defined]
+        try:
+            yield executor
+        finally:
+            executor.on_progress = before  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Ends the executor's processes, if any were started."""
@@ -93,6 +113,7 @@ class Run:
         content = self.recipe.model_dump(mode="json")
         content["invalid_scores"] = content["normalise"]["invalid_scores"]
         content["small_domains"] = content["rank"].pop("merge_small_domains")
+        content["proxy_context"] = _proxy_context(self.recipe)
         content["ranks"] = {key: value for key, value in content["rank"].items() if key != "frozen"}
         corpus = {k: v for k, v in content["corpus"].items() if k != "path"}
         files = [(file.name, file.bytes, file.version) for file in self.corpus_files]
@@ -213,6 +234,16 @@ def executor_of(recipe: Recipe) -> BaseExecutor:
             # One worker, which owns the GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
             options |= {"n_workers": section.workers or 1, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
+
+
+def _proxy_context(recipe: Recipe) -> dict[str, Any]:
+    """What proxies read of other sections: the final run that they match, the objective by which they are stopped."""
+    context: dict[str, Any] = {}
+    if recipe.proxy.match_epochs:
+        context |= {"pretrain.tokens": recipe.pretrain.tokens, "select.target_tokens": recipe.select.target_tokens}
+    if recipe.proxy.fidelity != "full":
+        context["search.objective"] = recipe.search.objective
+    return context
 
 
 def _fingerprint(value: Any) -> Any:

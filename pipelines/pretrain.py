@@ -10,8 +10,8 @@ from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.export import TRAIN
 from quadmix_plugin.pipelines.proxies import trainer_options, write_validation
 from quadmix_plugin.pipelines.select import QUADMIX
+from quadmix_plugin.proxy.parts import merge_parts
 from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_part_path, pretrain_tasks
-from quadmix_plugin.stages.train_proxies import merge_parts
 
 
 def pretrain(run: Run) -> None:

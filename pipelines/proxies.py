@@ -1,6 +1,7 @@
 """Step 2: the token pool, parameters drawn by Algorithm 1, one proxy model for each, and the noise of their losses."""
 
 import time
+import uuid
 from dataclasses import replace
 
 import numpy as np
@@ -8,22 +9,35 @@ import pyarrow as pa
 from nemo_curator.pipeline import Pipeline
 
 from quadmix_plugin import registry
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.megatron import check_tokens
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.parameters import sample_parameter_vectors
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.label import run_over_documents
-from quadmix_plugin.pipelines.search import LOSS_PREFIX
+from quadmix_plugin.pipelines.proxy_trust import (
+    DRAW,
+    REPEAT,
+    fidelity_report,
+    final_part,
+    halving_rule,
+    noise_report,
+)
+from quadmix_plugin.proxy.attempts import Attempts
+from quadmix_plugin.proxy.fidelity import HalvingRule
+from quadmix_plugin.proxy.parts import merge_parts, part_path
+from quadmix_plugin.proxy.pool import TokenPool
+from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxyTable
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
-from quadmix_plugin.search.evaluation import noise
 from quadmix_plugin.search.features import FeatureMap
 from quadmix_plugin.stages import ExportTokens, TrainProxies
 from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
-from quadmix_plugin.stages.train_proxies import Draws, ProxyTable, merge_parts, part_path, proxy_tasks
+from quadmix_plugin.stages.train_proxies import proxy_tasks
 from quadmix_plugin.store import Step
 
 POOL, THINNING = "proxies/pool", "proxies/thinning.json"
 _SPARE = 1.05  # of the tokens of the smallest selection over those of a proxy, for the luck of the draw
-_DRAW, _REPEAT = "draw", "repeat"
+_LOOKED_AT = 1 << 18  # ids of each token file
 
 
 def proxies(run: Run) -> None:
@@ -46,23 +60,99 @@ def proxies(run: Run) -> None:
     write_pool(run, step, draws.below)
     if step.entry("proxies/table.parquet") is None:
         step.write_table("proxies/table.parquet", ProxyTable.of(run.table, run.normalised).to_arrow())
+    pool = pool_prefixes(run)
+    _require_pool(run, pool, vocabulary)
     train = TrainProxies(
         step=step,
         table=str(step.read_path("proxies/table.parquet")),
-        pool=pool_prefixes(run),
+        pool=pool,
         validation=str(step.read_path("proxies/validation.parquet")),
         tokens=recipe.proxy.tokens,
         vocabulary=vocabulary,
         trainer=recipe.proxy.trainer,
         options=trainer_options(run, recipe.proxy.options),
         draws=draws,
+        matched=_matched(run),
         weights_seed=recipe.seed,
+        eval_at=tuple(recipe.proxy.curve_at),
+        session=uuid.uuid4().hex,
+        per_gpu=recipe.proxy.per_gpu,
     )
+    rule = _train_all(run, step, train, thetas)
+    _finish(run, step, thetas, rule, started)
+
+
+def _train_all(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> HalvingRule | None:
+    """Trains what is not there yet; under successive halving the pilot and the repeats come first."""
+    attempts, settings = Attempts(step.root, train.session), run.recipe.proxy
+    attempts.clear()
+    rule = None
+    if settings.fidelity == "successive_halving":
+        numbers = np.array(thetas["proxy"].to_pylist())
+        first = (np.array(thetas["kind"].to_pylist()) == REPEAT) | (numbers < settings.pilots)
+        _train(run, step, train, thetas.filter(pa.array(first)))
+        content = halving_rule(run, step, numbers[: settings.pilots].tolist())
+        train, rule = replace(train, halving=content), HalvingRule.from_dict(content)
+    _train(run, step, train, thetas)
+    attempts.clear()
+    return rule
+
+
+def _train(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> None:
     numbers = thetas["proxy"].to_pylist()
     todo = thetas.filter(pa.array([step.entry(part_path(n)) is None for n in numbers]))
     if todo.num_rows:
-        Pipeline("proxies", stages=[train]).run(run.executor, initial_tasks=list(proxy_tasks(todo)))
-    _finish(run, step, thetas, started)
+        best = BestSoFar(run, step, numbers)
+        with run.watched_by(best) as executor:
+            Pipeline("proxies", stages=[train]).run(executor, initial_tasks=list(proxy_tasks(todo)))
+
+
+class BestSoFar:
+    """Progress of the training with the lowest objective until now; each ended proxy is read once."""
+
+    def __init__(self, run: Run, step: Step, numbers: list[int]):
+        self._run, self._step, self._open = run, step, set(numbers)
+        self._best: tuple[float, int] | None = None
+
+    def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
+        """Passes progress on, with the best proxy."""
+        for number in [n for n in self._open if self._step.entry(part_path(n)) is not None]:
+            self._open.discard(number)
+            part = self._step.read_json(part_path(number))
+            if part.get("share") == 1.0:
+                losses, weights = part["losses"], self._run.recipe.search.objective or dict.fromkeys(part["losses"], 1)
+                value = sum(weights.get(t, 0) * loss for t, loss in losses.items()) / sum(weights.values())
+                self._best = min(self._best or (value, number), (value, number))
+        said = f"best {self._best[0]:.3f} (proxy {self._best[1]})" if self._best else note
+        self._run.progress(stage, done, total, said)
+
+
+def _require_pool(run: Run, prefixes: list[str], vocabulary: int) -> None:
+    """Looks at the token files before any proxy is trained.
+
+    Raises:
+        InputError: a truncated file, ids of another vocabulary, or fewer tokens than one batch.
+    """
+    pool = TokenPool.open(prefixes)
+    for prefix, file in zip(prefixes, pool.files, strict=True):
+        check_tokens(file.tokens[:_LOOKED_AT], vocabulary, f"{prefix}.bin")
+    settings = run.recipe.proxy
+    trainer = registry.create("trainers", settings.trainer, settings.options, "proxy.options")
+    batch, tokens = getattr(trainer, "batch_size", 1) * trainer.context, int(pool.lengths.sum())
+    if tokens <= batch:
+        raise InputError(
+            f"{run.directory.root}: the pool has {tokens:,} tokens, a batch {batch:,}; give a larger corpus, or lower "
+            f"batch_size or context under proxy.options"
+        )
+
+
+def _matched(run: Run) -> MatchedEpochs | None:
+    recipe = run.recipe
+    if not recipe.proxy.match_epochs:
+        return None
+    return MatchedEpochs(
+        recipe.proxy.tokens, recipe.pretrain.tokens, recipe.select.target_tokens, run.seed_for("matched epochs")
+    )
 
 
 def write_validation(run: Run, step: Step) -> tuple[int, int]:
@@ -135,9 +225,8 @@ def trainer_options(run: Run, options: dict) -> dict:
 
 
 def _thetas(run: Run) -> pa.Table:
-    """θ of every proxy: the draws, all under one seed of the data order, then repeats of draw 0 under others."""
+    """θ of every proxy: the draws, all under one seed of the data order, then the first ones again under others."""
     recipe = run.recipe
-    seed = run.seed_for("data order")
     vectors = sample_parameter_vectors(
         recipe.proxy.number,
         len(run.table.scorers),
@@ -145,39 +234,38 @@ def _thetas(run: Run) -> pa.Table:
         recipe.seed,
         space=recipe.space.to_parameter_space(),
     )
-    repeats = recipe.proxy.repeats - 1
-    seeds = [seed] * len(vectors) + [run.seed_for(f"data order {i + 1}") for i in range(repeats)]
+    drawn = len(vectors)
+    again = [(theta, i + 1) for theta in range(recipe.proxy.repeated) for i in range(recipe.proxy.repeats - 1)]
+    seeds = [run.seed_for("data order")] * drawn + [run.seed_for(f"data order {i}") for _, i in again]
     return pa.table(
         {
             "proxy": pa.array(range(len(seeds)), pa.int32()),
-            "kind": [_DRAW] * len(vectors) + [_REPEAT] * repeats,
+            "kind": [DRAW] * drawn + [REPEAT] * len(again),
             "seed": pa.array(seeds, pa.int64()),
-            "theta": pa.array(list(np.concatenate([vectors, vectors[[0] * repeats]])), pa.list_(pa.float64())),
+            "theta": pa.array(list(vectors) + [vectors[theta] for theta, _ in again], pa.list_(pa.float64())),
         }
     )
 
 
-def _finish(run: Run, step: Step, thetas: pa.Table, started: float) -> None:
-    paths = [part_path(number) for number in thetas["proxy"].to_pylist()]
-    losses, curves, failures = merge_parts(step, paths, ["proxy"])
+def _finish(run: Run, step: Step, thetas: pa.Table, rule: HalvingRule | None, started: float) -> None:
+    numbers = thetas["proxy"].to_pylist()
+    paths = [part_path(number) for number in numbers]
+    losses, curves, failures = merge_parts(step, paths, ["proxy"], lambda part: final_part(part, rule))
     step.write_table("proxies/losses.parquet", losses)
     step.write_table("proxies/curves.parquet", curves)
-    kinds = np.array(losses["kind"].to_pylist())
-    first = np.array(losses["proxy"].to_pylist()) == 0
-    report = {}
-    for name in losses.column_names:
-        if name.startswith(LOSS_PREFIX):
-            task, values = name.removeprefix(LOSS_PREFIX), losses[name].to_numpy()
-            same, across = values[(kinds == _REPEAT) | first], values[kinds == _DRAW]
-            if min(same.size, across.size) > 1:  # all repeats fail where their one θ selects too little to train on
-                report[task] = noise(same, across, task).to_dict()
-    step.write_json("proxies/noise.json", report)
-    failed = f", {len(failures)} failed" if failures else ""
-    ratios = {task: each["signal_to_noise"] or 0.0 for task, each in report.items()}
+    noises = noise_report(thetas, losses)
+    step.write_json("proxies/noise.json", noises)
+    fidelity = fidelity_report(run, step, numbers, rule)
+    step.write_json("proxies/fidelity.json", fidelity)
+    ratios = {task: each["signal_to_noise"] or 0.0 for task, each in noises.items()}
     clearest = max(ratios, key=ratios.__getitem__) if ratios else None
+    said = [f"{losses.num_rows} proxies × {run.recipe.proxy.tokens:,} tokens"]
+    said += [f"{len(failures)} failed"] if failures else []
+    said += [f"{sum(fidelity['stopped'].values())} stopped early"] if fidelity["stopped"] else []
+    said += [f"{fidelity['not_learnt']} above the unigram entropy"] if fidelity["not_learnt"] else []
     signal = f"clearest signal to noise {ratios[clearest]:.1f} ({clearest})" if clearest else "noise unknown"
     step.finish(
         seconds=round(time.monotonic() - started, 2),
         failures=failures,
-        headline=f"{losses.num_rows} proxies × {run.recipe.proxy.tokens:,} tokens{failed}; {signal}",
+        headline=f"{', '.join(said)}; {signal}",
     )

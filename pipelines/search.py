@@ -13,12 +13,11 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.proxy.parts import LOSS_PREFIX
 from quadmix_plugin.search.evaluation import CrossValidation, Metrics, cross_validate
 from quadmix_plugin.search.features import features
 from quadmix_plugin.search.proposals import Proposal, propose
 from quadmix_plugin.search.regressors import Regressor
-
-LOSS_PREFIX = "loss_"
 
 _TRUSTED = 0.4
 """Below this rank correlation the search orders unseen θ hardly better than chance (48 proxies: p = .005)."""

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from quadmix_plugin.errors import QuadmixError
+
+if TYPE_CHECKING:
+    from quadmix_plugin.pipelines.context import Progress
 
 app = typer.Typer(
     name="quadmix",
@@ -276,10 +280,10 @@ def _out(name: str, out: Path | None) -> Path:
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+def _progress(as_json: bool) -> Iterator["Progress | None"]:
     """Progress of the stages with time left, on stderr; without a terminal one line when a stage ends."""
     if as_json:
-        yield lambda stage, done, total: None
+        yield None
         return
     if not _stderr.is_terminal:
         yield _Lines()
@@ -299,14 +303,15 @@ def _progress(as_json: bool) -> Iterator[Callable[[str, int, int | None], None]]
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=_stderr) as bars:
         tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int | None) -> None:
+        def update(stage: str, done: int, total: int | None, /, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(escape(stage), total=total, note="")
+            bars.update(tasks[stage], completed=done, total=total, note=escape(note))
 
         yield update
 
@@ -315,15 +320,26 @@ class _Lines:
     """Progress without a terminal: a line when a stage ends, and every quarter of a minute while one goes on."""
 
     def __init__(self) -> None:
+        self._begun: dict[str, tuple[float, int]] = {}
         self._last: dict[str, float] = {}
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
         ended = total is not None and done >= total
         now = time.monotonic()
+        self._begun.setdefault(stage, (now, done))
         if ended or now - self._last.setdefault(stage, now) > _SECONDS_BETWEEN_LINES:
             self._last[stage] = now
             of = "" if total is None or ended else f" of {total}"
-            _stderr.print(f"{stage}: {done}{of} done", markup=False, highlight=False)
+            said = [f"{stage}: {done}{of} done", self._left(stage, done, total, now), note]
+            _stderr.print(", ".join(filter(None, said)), markup=False, highlight=False)
+
+    def _left(self, stage: str, done: int, total: int | None, now: float) -> str:
+        """The time that what is left takes at the rate until now."""
+        begun, before = self._begun[stage]
+        if total is None or done >= total or done == before:
+            return ""
+        left = timedelta(seconds=round((now - begun) / (done - before) * (total - done)))
+        return f"{left} left"
 
 
 def _quiet(verbose: bool) -> None:

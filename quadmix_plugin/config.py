@@ -134,8 +134,20 @@ class Proxy(Section):
     number: int = Field(default=3000, ge=8)
     tokens: int = Field(default=1_000_000_000, ge=1)
     """Tokens that each proxy is trained on."""
-    repeats: int = Field(default=4, ge=2)
-    """Seeds of one θ, for the noise estimate; the first is proxy 0 itself."""
+    repeats: int = Field(default=3, ge=2)
+    """Seeds of each repeated θ, for the noise estimate; the first is that of the proxy itself."""
+    repeated: int = Field(default=3, ge=1)
+    """How many θ are repeated, the first drawn."""
+    match_epochs: bool = False
+    """Proxies see their documents as often as the final run does: they keep a part of what θ selects."""
+    curve_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.1, 0.25, 0.5])
+    """Shares of a proxy's tokens at which its losses are measured too, to see how early ranks hold."""
+    fidelity: Literal["full", "successive_halving"] = "full"
+    """Every proxy is trained to its end, or hopeless ones are stopped at the shares of ``curve_at``."""
+    pilot: int | None = Field(default=None, ge=8)
+    """Proxies trained in full before any is stopped; None is a quarter of them, at least 16."""
+    per_gpu: int = Field(default=1, ge=1)
+    """Proxies that train on one GPU at once, each in a process of its own."""
     draws: Literal["common", "independent"] = "common"
     """All θ share the uniforms of the draw, or each has its own."""
     pool: Literal["whole", "thinned"] = "whole"
@@ -147,7 +159,27 @@ class Proxy(Section):
     def _one_pool(self) -> "Proxy":
         if self.pool == "thinned" and self.draws == "independent":
             raise ValueError("pool 'thinned' holds the documents of one draw; set draws: common, or pool: whole")
+        if self.pool == "thinned" and self.match_epochs:
+            raise ValueError("match_epochs needs all documents that θ selects; set pool: whole")
         return self
+
+    @model_validator(mode="after")
+    def _enough_proxies(self) -> "Proxy":
+        if self.repeated > self.number:
+            raise ValueError(f"repeated {self.repeated} of {self.number} proxies; repeat fewer")
+        if self.fidelity == "successive_halving" and not self.curve_at:
+            raise ValueError("successive_halving stops proxies at the shares of curve_at; give at least one")
+        if self.fidelity == "successive_halving" and self.pilots >= self.number:
+            raise ValueError(
+                f"successive_halving trains {self.pilots} of {self.number} proxies in full first; lower pilot, or set "
+                f"fidelity: full"
+            )
+        return self
+
+    @property
+    def pilots(self) -> int:
+        """Proxies trained in full before any is stopped."""
+        return self.pilot or max(self.number // 4, 16)
 
 
 class Search(Section):

@@ -4,7 +4,7 @@ Same trainer and same loss as the proxies, but more tokens, and the validation r
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +13,11 @@ from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch
 
 from quadmix_plugin import registry
+from quadmix_plugin.proxy.parts import flat_row, measured
+from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.validation import load_validation_sets
-from quadmix_plugin.stages.train_proxies import flat_row, trainer_resources
+from quadmix_plugin.stages.train_proxies import trainer_resources
 from quadmix_plugin.store import Step
 
 
@@ -80,23 +82,20 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
         started = time.perf_counter()
         trainer = registry.create("trainers", self.trainer, self.options, "pretrain.options")
         pool = TokenPool.open([work["prefix"]])
-        pieces = pool.pieces(None, None, trainer.context, self.tokens, work["seed"], trainer.batch_size)
+        pieces = cut_pieces(pool, None, None, trainer.context, self.tokens, work["seed"], trainer.batch_size)
         sets = load_validation_sets(self.validation, "report")
-        result = trainer.train(pieces.tokens, sets, seed=work["seed"], vocabulary=self.vocabulary)
+        result = trainer.train(pieces, sets, seed=work["seed"], vocabulary=self.vocabulary)
         folder = f"pretrain/models/{work['selector']}-{work['seed']}"
         with self.step.writing(f"{folder}/model.safetensors", f"{folder}/config.json") as (weights, config):
             save_weights(result.model, weights, config, self.eod)
         return {
             "selector": work["selector"],
             "seed": work["seed"],
-            "losses": result.losses,
-            "tokens_seen": pieces.tokens_seen,
+            **measured(result, sets),
             "selected_tokens": pieces.selected_tokens,
             "unique_tokens": work["unique_tokens"],
             "epochs": pieces.epochs,
             "seconds": time.perf_counter() - started,
-            "unigram_entropy": result.unigram_entropy,
-            "curve": [asdict(point) for point in result.curve],
         }
 
 

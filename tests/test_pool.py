@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import write_documents
-from quadmix_plugin.proxy.pool import TokenPool, stratified_order
+from quadmix_plugin.proxy.pieces import cut_pieces, stratified_order
+from quadmix_plugin.proxy.pool import TokenPool
 
 N, CONTEXT = 120, 16
 
@@ -40,8 +41,8 @@ def test_documents_keep_their_order_across_files(pool, documents):
 def test_one_epoch_holds_each_copy_once_and_nothing_else(pool, documents, draw, seed):
     copies = np.random.default_rng(draw).integers(0, 3, N).astype(np.int32)
     selected = int((pool.lengths * copies).sum())
-    pieces = pool.pieces(copies, DOMAINS, CONTEXT, (selected - 1) // CONTEXT * CONTEXT, seed)
-    seen = np.bincount(pieces.tokens[:, :-1].ravel(), minlength=N * 64)
+    pieces = cut_pieces(pool, copies, DOMAINS, CONTEXT, (selected - 1) // CONTEXT * CONTEXT, seed)
+    seen = np.bincount(pieces[:][:, :-1].ravel(), minlength=N * 64)
     allowed = np.zeros(N * 64, dtype=int)
     for i in range(N):
         allowed[documents[i]] = copies[i]
@@ -49,13 +50,13 @@ def test_one_epoch_holds_each_copy_once_and_nothing_else(pool, documents, draw, 
     assert selected - seen.sum() <= CONTEXT + 1
     assert (pieces.selected_tokens, pieces.unique_tokens) == (selected, int(pool.lengths[copies > 0].sum()))
     assert pieces.domain_tokens.tolist() == [int((pool.lengths * copies)[DOMAINS == m].sum()) for m in range(3)]
-    inside = np.diff(pieces.tokens.astype(int), axis=1)  # within a document ids go up by one; a step is a new document
-    assert (pieces.tokens[:, 1:][inside != 1] % 64 == 0).all()
+    inside = np.diff(pieces[:].astype(int), axis=1)  # within a document ids go up by one; a step is a new document
+    assert (pieces[:][:, 1:][inside != 1] % 64 == 0).all()
 
 
 def test_targets_run_on_into_the_next_piece(pool):
-    pieces = pool.pieces(None, None, CONTEXT, 400, 5)
-    assert pieces.tokens.shape == (25, CONTEXT + 1)
+    pieces = cut_pieces(pool, None, None, CONTEXT, 400, 5)
+    assert pieces[:].shape == (25, CONTEXT + 1)
     assert pieces.tokens_seen == 400
 
 
@@ -63,8 +64,8 @@ def test_a_small_selection_is_repeated_in_whole_epochs_each_in_another_order(poo
     copies = np.zeros(N, dtype=np.int32)
     copies[:20] = 1
     per_epoch = (int(pool.lengths[:20].sum()) - 1) // CONTEXT
-    pieces = pool.pieces(copies, DOMAINS, CONTEXT, 3 * per_epoch * CONTEXT, 1)
-    epochs = pieces.tokens.reshape(3, per_epoch, CONTEXT + 1)
+    pieces = cut_pieces(pool, copies, DOMAINS, CONTEXT, 3 * per_epoch * CONTEXT, 1)
+    epochs = pieces[:].reshape(3, per_epoch, CONTEXT + 1)
     assert pieces.epochs == pytest.approx(3, rel=0.05)
     sets = [set(epoch[:, :-1].ravel()) for epoch in epochs]
     assert min(len(a & b) for a in sets for b in sets) >= len(sets[0]) - 2 * CONTEXT
@@ -73,15 +74,15 @@ def test_a_small_selection_is_repeated_in_whole_epochs_each_in_another_order(poo
 
 def test_pieces_depend_on_the_seed_alone(pool):
     copies = np.ones(N, dtype=np.int32)
-    one, two = (pool.pieces(copies, DOMAINS, CONTEXT, 1000, 7) for _ in range(2))
-    other = pool.pieces(copies, DOMAINS, CONTEXT, 1000, 8)
-    assert np.array_equal(one.tokens, two.tokens)
-    assert not np.array_equal(one.tokens, other.tokens)
+    one, two = (cut_pieces(pool, copies, DOMAINS, CONTEXT, 1000, 7) for _ in range(2))
+    other = cut_pieces(pool, copies, DOMAINS, CONTEXT, 1000, 8)
+    assert np.array_equal(one[:], two[:])
+    assert not np.array_equal(one[:], other[:])
 
 
 def test_fewer_tokens_are_the_beginning_of_more(pool):
-    long, short = (pool.pieces(None, DOMAINS, CONTEXT, n, 7) for n in (1600, 320))
-    assert np.array_equal(long.tokens[:20], short.tokens)
+    long, short = (cut_pieces(pool, None, DOMAINS, CONTEXT, n, 7) for n in (1600, 320))
+    assert np.array_equal(long[:20], short[:])
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,12 +98,12 @@ def test_every_beginning_has_the_domains_in_their_shares(counts, seed, data):
 
 
 def test_pieces_are_shuffled_and_say_their_domain(pool):
-    pieces = pool.pieces(None, DOMAINS, CONTEXT, (int(pool.lengths.sum()) - 1) // CONTEXT * CONTEXT, 2)
-    first_document = pieces.tokens[:, 0] // 64
+    pieces = cut_pieces(pool, None, DOMAINS, CONTEXT, (int(pool.lengths.sum()) - 1) // CONTEXT * CONTEXT, 2)
+    first_document = pieces[:][:, 0] // 64
     assert np.array_equal(pieces.domain_ids, DOMAINS[first_document])
     half = np.bincount(pieces.domain_ids[: len(pieces.domain_ids) // 2], minlength=3)
     assert (np.abs(half - np.bincount(pieces.domain_ids) / 2) <= 2).all()
-    followers = pieces.tokens[1:, 0] == pieces.tokens[:-1, -1]
+    followers = pieces[:][1:, 0] == pieces[:][:-1, -1]
     assert followers.mean() < 0.1
 
 
@@ -122,7 +123,7 @@ def test_items_of_a_domain_are_shuffled():
 )
 def test_selections_that_cannot_train_are_refused(pool, copies, reason):
     with pytest.raises(InputError, match=reason):
-        pool.pieces(copies, DOMAINS, CONTEXT, 100, 0, batch_size=4)
+        cut_pieces(pool, copies, DOMAINS, CONTEXT, 100, 0, batch_size=4)
 
 
 def test_a_pool_without_files_is_refused():

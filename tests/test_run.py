@@ -27,7 +27,7 @@ from quadmix_plugin.pipelines.proxies import _finish, pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps
 from quadmix_plugin.pipelines.search import search
 from quadmix_plugin.pipelines.select import _baselines
-from quadmix_plugin.stages.train_proxies import part_path
+from quadmix_plugin.proxy.parts import part_path
 from quadmix_plugin.store import RunDirectory
 
 KILLED = 9

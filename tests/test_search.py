@@ -153,19 +153,69 @@ def test_rows_that_cannot_be_cross_validated_are_named():
         cross_validate(LightGBM, x, {"arc": np.arange(20.0)})
 
 
-def test_noise_is_the_spread_over_seeds_against_that_over_parameters(caplog):
-    measured = noise([5.0, 5.2, 4.8], [4.0, 5.0, 6.0])
+def test_noise_is_pooled_over_the_seeds_of_each_theta():
+    # variances 0.04 with 2 degrees of freedom and 0.02 with 1, whatever the means: (2 · 0.04 + 1 · 0.02) / 3
+    measured = noise([[5.0, 5.2, 4.8], [7.3], [9.0, 9.2], []], [4.0, 5.0, 6.0])
+    assert measured.noise_sd == pytest.approx((0.1 / 3) ** 0.5)
     assert measured.theta_sd == pytest.approx(1.0)
+    assert measured.signal_to_noise == pytest.approx(30**0.5)
+    assert measured.reliability == pytest.approx(1 - 0.1 / 3)
+    assert (measured.degrees, measured.repeats, measured.thetas) == (3, 5, 2)
+    # the chi-square table has 0.2158 and 9.3484 for 2.5 and 97.5 % at 3 degrees of freedom
+    assert measured.noise_sd_low == pytest.approx((0.1 / 9.3484) ** 0.5, rel=1e-4)
+    assert measured.noise_sd_high == pytest.approx((0.1 / 0.2158) ** 0.5, rel=1e-3)
+
+
+def test_noise_of_one_theta_is_its_standard_deviation_over_seeds(caplog):
+    measured = noise(np.array([[5.0, 5.2, 4.8]]), [4.0, 5.0, 6.0])
     assert measured.noise_sd == pytest.approx(0.2)
     assert measured.signal_to_noise == pytest.approx(5.0)
-    assert measured.repeats == 3
-    same = noise([5.0, 5.0], [4.0, 6.0], "arc")
+    assert (measured.repeats, measured.thetas) == (3, 1)
+    assert not caplog.text
+    json.dumps(measured.to_dict(), allow_nan=False)
+
+
+def test_repeats_that_do_not_differ_are_warned_of(caplog):
+    same = noise([[0.1] * 3, [0.7] * 3], [4.0, 6.0], "arc")  # the mean of three times 0.1 is not 0.1
+    assert (same.noise_sd, same.noise_sd_low, same.noise_sd_high) == (0.0, 0.0, 0.0)
     assert same.signal_to_noise is None
-    assert "does the trainer use its seed" in caplog.text
-    with pytest.raises(InputError, match="noise of arc: 1 repeats of one θ"):
-        noise([5.0], [4.0, 6.0], "arc")
-    with pytest.raises(InputError, match="losses of θ are not finite"):
-        noise([5.0, 5.1], [4.0, np.nan], "arc")
+    assert same.reliability == 1.0
+    assert "arc: all 6 repeats have the same loss; does the trainer use its seed" in caplog.text
+    assert noise([[5.0, 5.2]], [4.0, 4.0]).reliability == 0.0
+    assert noise([[5.0, 5.2]], [4.0, 4.1]).reliability == 0.0  # less spread over θ than over seeds
+
+
+def test_the_interval_of_the_noise_holds_the_real_one_in_95_of_100_measurements():
+    rng = np.random.default_rng(4)
+    losses = 3 + rng.normal(size=(1000, 4, 1)) + 0.3 * rng.normal(size=(1000, 4, 3))
+    measured = [noise(repeats, [1.0, 2.0]) for repeats in losses]
+    assert all(m.noise_sd_low < m.noise_sd < m.noise_sd_high for m in measured)
+    assert np.mean([m.noise_sd_low < 0.3 < m.noise_sd_high for m in measured]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_reliability_is_the_r2_of_the_real_loss_against_that_of_single_seeds():
+    rng = np.random.default_rng(5)
+    real = rng.normal(3.0, 0.2, 4000)
+    seeds = real[:, None] + rng.normal(0.0, 0.1, (4000, 3))
+    measured = noise(seeds[:1000], seeds[:, 0])
+    assert measured.reliability == pytest.approx(0.8, abs=0.02)
+    assert Metrics.of(seeds[:, 0], real).r2 == pytest.approx(measured.reliability, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "across", "message"),
+    [
+        ([[5.0], [4.0]], [4.0, 6.0], r"noise of arc: repeats of each θ: \[1, 1\]; at least 2 of one θ are needed"),
+        ([], [4.0, 6.0], r"repeats of each θ: \[\]"),
+        ([5.0, 5.1], [4.0, 6.0], r"losses of repeats of one θ have the shape \(\); give a list of losses"),
+        ([[5.0, np.inf]], [4.0, 6.0], "losses of repeats of one θ are not finite"),
+        ([[5.0, 5.1]], [4.0, np.nan], "losses of θ are not finite"),
+        ([[5.0, 5.1]], [4.0], "noise of arc: 1 θ; at least 2 are needed"),
+    ],
+)
+def test_losses_without_a_noise_are_named(repeats, across, message):
+    with pytest.raises(InputError, match=message):
+        noise(repeats, across, "arc")
 
 
 class World:

@@ -17,13 +17,16 @@ from quadmix_plugin.corpus import list_files
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.megatron import write_documents
 from quadmix_plugin.parameters import ParameterSpace
-from quadmix_plugin.proxy import trainer
+from quadmix_plugin.proxy import training
 from quadmix_plugin.proxy.model import Decoder
+from quadmix_plugin.proxy.parts import merge_parts, part_path
+from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
+from quadmix_plugin.proxy.selection import ProxyTable
 from quadmix_plugin.proxy.trainer import TorchTrainer
 from quadmix_plugin.proxy.validation import Row, choose_rows, evaluate, read_rows, tokenise_rows, validation_sets
 from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_part_path, pretrain_tasks
-from quadmix_plugin.stages.train_proxies import ProxyTable, TrainProxies, merge_parts, part_path, proxy_tasks
+from quadmix_plugin.stages.train_proxies import TrainProxies, proxy_tasks
 from quadmix_plugin.store import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
@@ -60,12 +63,12 @@ def pool_prefix(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pieces(pool_prefix):
-    return TokenPool.open([pool_prefix]).pieces(None, None, 64, 12_800, 1).tokens
+    return cut_pieces(TokenPool.open([pool_prefix]), None, None, 64, 12_800, 1)[:]
 
 
 @pytest.fixture(scope="module")
 def learnt(pool_prefix, validation):
-    pieces = TokenPool.open([pool_prefix]).pieces(None, None, 128, 100_000, 1).tokens
+    pieces = cut_pieces(TokenPool.open([pool_prefix]), None, None, 128, 100_000, 1)[:]
     return TorchTrainer(batch_size=2).train(pieces, validation_sets(validation, "search"), 0, 4096)
 
 
@@ -79,7 +82,7 @@ def test_real_text_is_learnt_below_the_unigram_entropy(learnt):
 def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validation, monkeypatch):
     sets = validation_sets(validation, "search")
     inside = []
-    monkeypatch.setattr(trainer, "evaluate", lambda *given: inside.append(torch.get_num_threads()) or evaluate(*given))
+    monkeypatch.setattr(training, "evaluate", lambda *given: inside.append(torch.get_num_threads()) or evaluate(*given))
     before = torch.get_num_threads()
     results = []
     try:
@@ -224,7 +227,7 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
     found = stage.process(pretrain_tasks(rows)[0]).data.to_pylist()[0]
     _, curves, failures = merge_parts(step, [pretrain_part_path("random", 1)], ["selector", "seed"])
     assert not failures
-    assert curves.column_names == ["selector", "seed", "step", "tokens_seen", "train_loss"]
+    assert curves.column_names[-4:] == ["step", "share", "tokens_seen", "train_loss"]
     folder = step.root / "pretrain/models/random-1"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in loaded.parameters()) > 100_000

@@ -5,6 +5,7 @@ trained in full: each later proxy is judged alone, whatever the order in which p
 over arrays of losses; nothing here trains or reads files.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ Array = NDArray[np.float64]
 
 _PILOTS = 8
 _SAME_SHARE = 1e-9
-_NO_SPREAD = 1e-12  # of the largest loss
+_NO_SPREAD = 1e-12  # standard deviation over largest loss; below it there is only rounding
 _ALONE = 1e-9  # 1 - leverage of a proxy without which the others have no slope
 
 
@@ -79,13 +80,13 @@ class Forecast:
         around_others = (final - level) * n / (n - 1)  # what is left where the others have no slope
         if not _has_spread(partial):
             return cls(level, 0.0, _root_mean_square(around_others))
-        line = linregress(partial, final)
-        residual = final - (line.intercept + line.slope * partial)
+        slope, intercept = np.asarray(linregress(partial, final))[:2].tolist()
+        residual = final - (intercept + slope * partial)
         from_mean = (partial - partial.mean()) ** 2
         remaining = 1.0 - 1.0 / n - from_mean / from_mean.sum()  # 1 - leverage
         alone = remaining < _ALONE
         left_out = np.where(alone, around_others, residual / np.where(alone, 1.0, remaining))
-        return cls(float(line.intercept), float(line.slope), _root_mean_square(left_out))
+        return cls(intercept, slope, _root_mean_square(left_out))
 
 
 @dataclass(frozen=True)
@@ -204,21 +205,16 @@ class HalvingRule:
         Raises:
             InputError: content that is no halving rule.
         """
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            rungs = [
-                Rung(
-                    **{
-                        **each,
-                        "objective": Objective(**each["objective"]),
-                        "forecasts": {task: Forecast(**line) for task, line in each["forecasts"].items()},
-                    }
-                )
-                for each in content["rungs"]
-            ]
-            return cls(**{**content, "rungs": tuple(rungs)})
-        except (AttributeError, KeyError, TypeError, InputError) as error:
-            fault = f"{type(error).__name__}: {error}"
-            raise InputError(f"not a halving rule ({fault}); give what HalvingRule.to_dict wrote") from error
+            return TypeAdapter(cls).validate_json(json.dumps(content, allow_nan=False), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            fault, cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}", error
+        except (TypeError, ValueError, InputError) as error:
+            fault, cause = str(error), error
+        raise InputError(f"not a halving rule ({fault}); give what HalvingRule.to_dict wrote") from cause
 
     def _rung(self, share: float) -> Rung | None:
         return next((rung for rung in self.rungs if abs(rung.share - share) < _SAME_SHARE), None)
@@ -273,7 +269,7 @@ def _proxy_losses(rung: Rung, losses: Mapping[str, float]) -> dict[str, Array]:
 
 
 def _has_spread(losses: Array) -> bool:
-    return bool(np.ptp(losses) > _NO_SPREAD * np.abs(losses).max())
+    return bool(losses.std() > _NO_SPREAD * np.abs(losses).max())
 
 
 def _objective(losses: Mapping[str, Array], weights: Mapping[str, float] | None) -> Objective:

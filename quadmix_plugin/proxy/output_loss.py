@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 _FEWEST_ROWS = 64
 
 
@@ -40,9 +40,11 @@ class _OutputLoss(torch.autograd.Function):
             probability.index_put_((here, target), minus_one, accumulate=True)  # scatter_add_ takes 2 ms here
             torch.mm(probability, matrix, out=state_gradient[start : start + chunk])
             if weight_gradient is None:
-                weight_gradient = probability.t() @ state
-            else:
+                weight_gradient = (probability.t() @ state).to(weight.dtype)
+            elif dtype == weight.dtype:
                 weight_gradient.addmm_(probability.t(), state)
+            else:  # a sum of many chunks in bfloat16 would lose them
+                weight_gradient += probability.t() @ state
         assert weight_gradient is not None  # noqa: S101 - n > 0
         ctx.save_for_backward(state_gradient, weight_gradient)
         ctx.n, ctx.types = n, (hidden.dtype, weight.dtype)

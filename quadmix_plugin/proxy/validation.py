@@ -53,7 +53,8 @@ class ValidationSet:
     """The rows of one task as ids, shortest first.
 
     ``ids`` int64 [rows, longest], padded with 0; ``lengths`` and ``starts`` int64 [rows]: positions ``starts`` to
-    ``lengths`` - 1 are predicted. ``truncated``: rows that were cut to the context.
+    ``lengths`` - 1 are predicted. ``truncated``: rows that were cut to the context; ``n_bytes``: UTF-8 bytes of the
+    text that is predicted, for losses in bits per byte, which tokenizers share (0: not known).
     """
 
     task: str
@@ -61,6 +62,7 @@ class ValidationSet:
     lengths: NDArray[np.int64]
     starts: NDArray[np.int64]
     truncated: int = 0
+    n_bytes: int = 0
 
     @property
     def n_targets(self) -> int:
@@ -117,7 +119,7 @@ def choose_rows(rows: Sequence[Row], rows_per_task: int | None) -> list[Row]:
 
 
 def tokenise_rows(rows: Sequence[Row], tokenizer: Any, eod: int, context: int, mask_prompt: bool = True) -> pa.Table:
-    """Rows as ids: end-of-document token, prompt, response; columns task, part, ids, start, truncated.
+    """Rows as ids: end-of-document token, prompt, response; columns task, part, ids, start, truncated, bytes.
 
     Prompt and response are tokenised apart, with a space between them unless there is white space. A row longer than
     the context loses the beginning of its prompt, and what then remains too long the end of its response.
@@ -129,7 +131,7 @@ def tokenise_rows(rows: Sequence[Row], tokenizer: Any, eod: int, context: int, m
         raise InputError("validation: no rows; give a file with at least one question and answer")
     prompts = tokenizer.encode_batch([row.prompt for row in rows], add_special_tokens=False)
     responses = tokenizer.encode_batch([_joint(row) + row.response for row in rows], add_special_tokens=False)
-    ids, starts, cut = [], [], []
+    ids, starts, cut, n_bytes = [], [], [], []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
         if not response.ids:
             raise InputError(f"validation: task {row.task!r}: response {row.response!r} has no tokens; remove the row")
@@ -139,12 +141,16 @@ def tokenise_rows(rows: Sequence[Row], tokenizer: Any, eod: int, context: int, m
         ids.append([eod, *question, *answer])
         starts.append(1 + len(question) if mask_prompt else 1)
         cut.append(len(question) + len(answer) < len(prompt.ids) + len(response.ids))
+        text = _last(row.prompt, prompt, len(question)) if not mask_prompt else ""
+        text += _first(_joint(row) + row.response, response, len(answer))
+        n_bytes.append(len(text.encode()))
     columns = {
         "task": pa.array([row.task for row in rows], pa.string()),
         "part": pa.array([row.part for row in rows], pa.string()),
         "ids": pa.array(ids, pa.list_(pa.int32())),
         "start": pa.array(starts, pa.int32()),
         "truncated": pa.array(cut, pa.bool_()),
+        "bytes": pa.array(n_bytes, pa.int32()),
     }
     return pa.table(columns)
 
@@ -169,7 +175,8 @@ def validation_sets(table: pa.Table, part: Part) -> list[ValidationSet]:
         for i, at in enumerate(order):
             ids[i, : lengths[at]] = half["ids"].iloc[at]
         starts = half["start"].to_numpy(dtype=np.int64)[order]
-        sets.append(ValidationSet(str(task), ids, lengths[order], starts, int(half["truncated"].sum())))
+        facts = int(half["truncated"].sum()), int(half["bytes"].sum())
+        sets.append(ValidationSet(str(task), ids, lengths[order], starts, *facts))
     if not sets:
         raise InputError("validation: no rows; give a file with at least one question and answer")
     return sets
@@ -216,3 +223,15 @@ def _batches(rows: ValidationSet) -> Iterable[NDArray[np.int64]]:
 def _joint(row: Row) -> str:
     touching = row.prompt and not row.prompt[-1].isspace() and not row.response[0].isspace()
     return " " if touching else ""
+
+
+def _first(text: str, encoding: Any, kept: int) -> str:
+    """The text of the first ``kept`` tokens."""
+    return text if kept == len(encoding.ids) else text[: encoding.offsets[kept - 1][1]]
+
+
+def _last(text: str, encoding: Any, kept: int) -> str:
+    """The text of the last ``kept`` tokens."""
+    if kept == len(encoding.ids):
+        return text
+    return text[encoding.offsets[-kept][0] :] if kept else ""

@@ -144,9 +144,9 @@ class Noise:
 
 
 def noise(repeats: Sequence[ArrayLike] | Array, across: ArrayLike, task: str = "loss") -> Noise:
-    """Signal and noise of a task: ``repeats`` are losses under several seeds, one array for each θ; ``across`` of many θ.
+    """Signal and noise of a task: ``repeats`` has an array for each repeated θ, ``across`` is one loss each of many θ.
 
-    The arrays of ``repeats`` may differ in length; those with fewer than two losses are passed over.
+    An array of ``repeats`` is one θ under several seeds; they may differ in length, and those of one loss are ignored.
 
     Raises:
         InputError: no θ with two losses, fewer than two losses in ``across``, or losses that are not finite.
