@@ -1,9 +1,10 @@
-"""``quadmix plan``: what a recipe would do, what of it is already there, and whether a run would refuse it."""
+"""``quadmix plan``: what a recipe would do and cost, what of it is already there, and whether a run would refuse it."""
 
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 
 from quadmix_plugin import registry
@@ -13,20 +14,22 @@ from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
+from quadmix_plugin.pipelines.proxies import tokenised_rows, trainer_options
+from quadmix_plugin.proxy.parts import PARTS
+from quadmix_plugin.proxy.trial import measure, trial_options
+from quadmix_plugin.proxy.validation import validation_sets
 from quadmix_plugin.stages.export_tokens import vocabulary_of
+from quadmix_plugin.stages.train_proxies import trainer_resources
 from quadmix_plugin.store import RunDirectory
 
-_FLOPS = 990e12 * 0.4
-"""An H200's dense bf16 peak at 40 % utilisation."""
-
-_CORE_FLOPS = 50e9
-"""What one core reached on the quickstart's proxies (51 × 100,000 tokens, evaluation included, in 217 core-seconds)."""
+_H200_FLOPS = 990e12 * 0.4
+"""An H200's dense bf16 peak at 40 % utilisation, for those who plan on another machine than this."""
 
 _BYTES_PER_TOKEN = 4.0
 
 
-def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Quantities, and one row per step: its state and its work.
+def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
+    """Quantities, and one row per step: its state and its work; ``trial`` measures the cost of training here.
 
     Raises:
         InputError: a corpus or validation rows that a run would refuse.
@@ -38,13 +41,9 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
-    flops = {section: _flops_per_token(recipe, section) for section in ("proxy", "pretrain")}
     runs = (len(recipe.select.compare) + 1) * len(recipe.pretrain.seeds)
-    proxies = recipe.proxy.number + recipe.proxy.repeats - 1 if "proxies" in run.steps else 0
-    hours = {
-        "proxies": proxies * recipe.proxy.tokens * flops["proxy"] / _FLOPS / 3600,
-        "pretrain": runs * recipe.pretrain.tokens * flops["pretrain"] / _FLOPS / 3600,
-    }
+    repeats = recipe.proxy.repeated * (recipe.proxy.repeats - 1)
+    proxies = recipe.proxy.number + repeats if "proxies" in run.steps else 0
     work = {
         "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
         "normalise": f"σ of {len(recipe.scorers)} scorers",
@@ -61,11 +60,12 @@ def make_plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         "quantities": {
             "documents": documents,
             "tokens": f"{tokens:,}" if labelled else f"about {round(tokens, 2 - len(str(tokens))):,}",
-            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {recipe.proxy.repeats - 1} repeats of one)"
+            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {repeats} repeats of {recipe.proxy.repeated})"
             if proxies
             else "none; select.theta is given",
-            "training": f"{sum(hours.values()):.2g} GPU-hours (H200 at 40 % of its bf16 peak), or "
-            f"{sum(hours.values()) * _FLOPS / _CORE_FLOPS:.2g} core-hours without a GPU",
+            "training tokens": f"{proxies * recipe.proxy.tokens:,} of proxies, {runs * recipe.pretrain.tokens:,} of "
+            f"the comparison",
+            "training": _training(run, proxies, runs, trial),
             "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
         },
         "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in run.steps],
@@ -103,6 +103,42 @@ def _estimated_tokens(run: Run) -> int:
         ]
         total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == run.recipe.corpus.text)
     return int(total / _BYTES_PER_TOKEN)
+
+
+def _training(run: Run, proxies: int, runs: int, trial: bool) -> str:
+    """Hours of training: from a trial here, or from the proxies that are trained already, and on an H200."""
+    recipe = run.recipe
+    flops = {section: _flops_per_token(recipe, section) for section in ("proxy", "pretrain")}
+    work = {
+        "proxy": proxies * recipe.proxy.tokens * flops["proxy"],
+        "pretrain": runs * recipe.pretrain.tokens * flops["pretrain"],
+    }
+    there = f"about {sum(work.values()) / _H200_FLOPS / 3600:.2g} GPU-hours on an H200 at 40 % of its bf16 peak"
+    if not trial or not proxies:
+        return there
+    options = trainer_options(run, recipe.proxy.trainer, recipe.proxy.options)
+    unit = "GPU" if trainer_resources(recipe.proxy.trainer, options).gpus else "core"
+    each, how = _seconds_of_a_proxy(run, options, unit == "GPU")
+    hours = proxies * each / 3600
+    compared = each * work["pretrain"] / (recipe.proxy.tokens * flops["proxy"]) / 3600
+    return f"{hours:.2g} {unit}-hours of proxies, {compared:.2g} of the comparison here ({how}); {there}"
+
+
+def _seconds_of_a_proxy(run: Run, options: dict[str, Any], on_gpu: bool) -> tuple[float, str]:
+    """Seconds of one proxy on one GPU, or core-seconds; and how they are known."""
+    settings, step = run.recipe.proxy, run.step("proxies")
+    made = [entry.path for entry in step.entries() if entry.path.startswith(PARTS)]
+    seconds = [part["seconds"] for path in made if "failure" not in (part := step.read_json(path))]
+    if seconds:
+        return float(np.median(seconds)), f"median of {len(seconds)} that are trained"
+    made_as_given = registry.create("trainers", settings.trainer, options, "proxy.options")
+    given = {**options, "batch_size": made_as_given.batch_size} if hasattr(made_as_given, "batch_size") else options
+    tried = trial_options(given, made_as_given.context, on_gpu)
+    trainer = registry.create("trainers", settings.trainer, tried, "proxy.options")
+    sets = validation_sets(tokenised_rows(run, trainer.context), "search")
+    found = measure(trainer, sets, _vocabulary(run.recipe))
+    seconds_each = found.seconds(settings.tokens, len(settings.curve_at) + 1) * getattr(trainer, "threads", 1)
+    return seconds_each, f"measured: {found.tokens_per_second:,.0f} tokens/s for one model"
 
 
 def _flops_per_token(recipe: Recipe, section: str) -> float:

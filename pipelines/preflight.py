@@ -86,7 +86,7 @@ def _context(run: Run, name: str) -> int:
     """The context of a section's model, whose shape and device are checked by that."""
     section = getattr(run.recipe, name)
     try:
-        trainer_resources(section.trainer, trainer_options(run, section.options))
+        trainer_resources(section.trainer, trainer_options(run, section.trainer, section.options))
         return registry.create("trainers", section.trainer, section.options).context
     except InputError as error:
         raise RecipeError(f"{name}.options: {error}") from error

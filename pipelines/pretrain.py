@@ -33,7 +33,7 @@ def pretrain(run: Run) -> None:
         vocabulary=vocabulary,
         eod=eod,
         trainer=recipe.pretrain.trainer,
-        options=trainer_options(run, recipe.pretrain.options),
+        options=trainer_options(run, recipe.pretrain.trainer, recipe.pretrain.options),
     )
     parts = [pretrain_part_path(row["selector"], row["seed"]) for row in work.to_pylist()]
     todo = work.filter(pa.array([step.entry(path) is None for path in parts]))

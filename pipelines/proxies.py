@@ -1,8 +1,9 @@
 """Step 2: the token pool, parameters drawn by Algorithm 1, one proxy model for each, and the noise of their losses."""
 
+import logging
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,8 @@ from quadmix_plugin.stages import ExportTokens, TrainProxies
 from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
 from quadmix_plugin.stages.train_proxies import proxy_tasks
 from quadmix_plugin.store import Step
+
+logger = logging.getLogger(__name__)
 
 POOL, THINNING = "proxies/pool", "proxies/thinning.json"
 _SPARE = 1.05  # of the tokens of the smallest selection over those of a proxy, for the luck of the draw
@@ -70,7 +73,7 @@ def proxies(run: Run) -> None:
         tokens=recipe.proxy.tokens,
         vocabulary=vocabulary,
         trainer=recipe.proxy.trainer,
-        options=trainer_options(run, recipe.proxy.options),
+        options=trainer_options(run, recipe.proxy.trainer, recipe.proxy.options),
         draws=draws,
         matched=_matched(run),
         weights_seed=recipe.seed,
@@ -165,15 +168,25 @@ def write_validation(run: Run, step: Step) -> tuple[int, int]:
     tokenizer = load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision)
     eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
     if step.entry(f"{step.name}/validation.parquet") is None:
-        section = recipe.validation
         settings = getattr(recipe, "pretrain" if step.name == "pretrain" else "proxy")
         context = registry.create("trainers", settings.trainer, settings.options, f"{step.name}.options").context
-        rows = choose_rows(
-            read_rows(run.validation_files, section.prompt, section.response, section.task), section.rows_per_task
-        )
-        table = tokenise_rows(rows, tokenizer, eod, context, section.mask_prompt)
+        table = tokenised_rows(run, context)
+        if cut := sum(table["truncated"].to_pylist()):
+            logger.warning(
+                "validation: %d of %d rows are longer than the context of %d tokens and lose the beginning of their "
+                "prompt", cut, table.num_rows, context,
+            )  # fmt: skip
         step.write_table(f"{step.name}/validation.parquet", table)
     return vocabulary_of(tokenizer), eod
+
+
+def tokenised_rows(run: Run, context: int) -> pa.Table:
+    """The validation rows of the recipe as ids, for models of this context; raises as ``write_validation``."""
+    recipe, section = run.recipe, run.recipe.validation
+    tokenizer = load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision)
+    eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
+    rows = read_rows(run.validation_files, section.prompt, section.response, section.task)
+    return tokenise_rows(choose_rows(rows, section.rows_per_task), tokenizer, eod, context, section.mask_prompt)
 
 
 def write_pool(run: Run, step: Step, below: float = 1.0) -> None:
@@ -219,9 +232,10 @@ def _draws(run: Run, step: Step, thetas: pa.Table) -> Draws:
     return replace(draws, thin=facts["thin"], below=facts["below"])
 
 
-def trainer_options(run: Run, options: dict) -> dict:
-    """The trainer's options, with the device of the recipe unless they name one."""
-    return {"device": run.recipe.executor.device, **options}
+def trainer_options(run: Run, trainer: str, options: dict) -> dict:
+    """The trainer's options, with the device of the recipe unless they name one or the trainer has no such option."""
+    has_device = any(option.name == "device" for option in fields(registry.load("trainers", trainer)))
+    return {"device": run.recipe.executor.device, **options} if has_device else options
 
 
 def _thetas(run: Run) -> pa.Table:

@@ -166,6 +166,9 @@ def plan(
     recipe: RecipePath,
     out: Out = None,
     set_: Overrides = None,
+    trial: Annotated[
+        bool, typer.Option("--trial/--no-trial", help="Trains for some seconds here to measure the cost of a proxy.")
+    ] = True,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -174,7 +177,7 @@ def plan(
     from quadmix_plugin.pipelines.plan import make_plan
 
     loaded = _load(recipe, set_, None)
-    made = make_plan(loaded, _out(loaded.name, out))
+    made = make_plan(loaded, _out(loaded.name, out), trial)
     if as_json:
         print(json.dumps(made))
         return

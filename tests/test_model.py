@@ -1,14 +1,16 @@
 """The decoder computes what transformers' Llama computes, and its files load there."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.proxy.model import SHAPES, Decoder, Shape, named_shape, save_weights
+from quadmix_plugin.proxy.model import SHAPES, Decoder, Shape, load_weights, named_shape, save_weights
 from quadmix_plugin.proxy.output_loss import output_loss
 
 SMALL = Shape(layers=2, width=32, heads=4, ffn=48, context=64, vocabulary=101)
@@ -16,6 +18,16 @@ KINDS = {
     "plain": SMALL,
     "grouped": dataclasses.replace(SMALL, kv_heads=2),
     "tied": dataclasses.replace(SMALL, tied=True),
+}
+
+LLAMA = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
 }
 
 
@@ -120,3 +132,69 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
+def test_saved_weights_are_read_back_bit_by_bit(shape, tmp_path):
+    ours = Decoder(dataclasses.replace(shape, rope_theta=5e5, norm_eps=1e-6)).initialise(3)
+    saved(ours, tmp_path)
+    back = load_weights(tmp_path)
+    assert back.shape == ours.shape
+    assert back.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(weight, back.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shard", "dtype"),
+    [
+        ({}, "10KB", torch.float32),
+        ({"tie_word_embeddings": True}, "5GB", torch.float32),
+        ({"num_key_value_heads": 2}, "5GB", torch.bfloat16),
+    ],
+    ids=["sharded", "tied", "grouped"],
+)
+def test_a_model_that_transformers_saved_has_the_same_logits(numbers, shard, dtype, ids, tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA, **numbers)).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (shard == "10KB")
+    ours, theirs = load_weights(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+        ({"intermediate_size": 64}, r"down_proj.*\[32, 48\].*\[32, 64\]"),
+        ({"num_hidden_layers": 3}, r"no weight model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"unknown weight model\.layers\.1"),
+        ({"tie_word_embeddings": True}, r"unknown weight lm_head"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_another_model_than_ours_is_refused(changed, reason, tmp_path):
+    saved(Decoder(SMALL).initialise(0), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(InputError, match=reason):
+        load_weights(tmp_path)
+
+
+def test_weights_that_are_no_floating_numbers_are_refused(tmp_path):
+    saved(Decoder(SMALL).initialise(0), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.int8)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight.*int8"):
+        load_weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_weights(tmp_path)

@@ -110,6 +110,7 @@ def megatron_config(shape: "Shape", dtype: torch.dtype = torch.float32) -> "Tran
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=False,
+        cuda_graph_scope=[],  # the default warns that it is deprecated
     )
 
 
@@ -282,7 +283,8 @@ def load_checkpoint(model: "GPTModel", folder: Path) -> None:
     try:
         found = dist_checkpointing.load_tensors_metadata(str(folder))
         _check_sizes(wanted, found)
-        model.load_state_dict(dist_checkpointing.load(wanted, str(folder)))  # type: ignore[arg-type]
+        state: Any = dist_checkpointing.load(dict(wanted), str(folder))
+        model.load_state_dict({name: state[name] for name in wanted})
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise InputError(
             f"{folder}: no checkpoint of this model ({first_line(error)}); give the folder of one"

@@ -5,6 +5,7 @@ learning rate, initial weights and evaluation are those of the other trainers, s
 keeps its parallel state from one model to the next.
 """
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +91,7 @@ class MegatronLearner(Learner):
 
         with quiet_import():
             from megatron.core import tensor_parallel
+        gc.collect()  # megatron-core's wrappers hold one another, and with them the memory of a former model
         start_parallel_state(device)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         weights = to_megatron(Decoder(shape).initialise(seed).state_dict(), shape)
@@ -175,7 +177,6 @@ def _optimizer(model: Any, options: MegatronTrainer) -> Any:
     optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
-    model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
@@ -188,4 +189,4 @@ def _forward_step(passes: Iterator[dict[str, "Tensor"]], model: Any) -> tuple["T
 def _loss(mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
     """Sum of the losses, number of tokens, and what ``step`` is told."""
     total, tokens = (losses.float() * mask).sum(), mask.sum().int()
-    return total, tokens, {"loss": total.detach().clone(), "tokens": tokens}
+    return total, tokens, {"loss": total.detach(), "tokens": tokens}

@@ -1,7 +1,8 @@
 """The one language model of the project: a decoder in the Llama layout, in plain PyTorch.
 
 SwiGLU, RoPE, RMSNorm and scaled dot-product attention. Parameter names are those of ``LlamaForCausalLM`` in
-transformers, so what ``save_model`` writes loads with ``AutoModelForCausalLM``. Nothing here trains.
+transformers, so what ``save_weights`` writes loads with ``AutoModelForCausalLM``, and what that saves with
+``load_weights``. Nothing here trains.
 """
 
 import json
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.models import load_config, weight_files
 
 
 @dataclass(frozen=True)
@@ -256,3 +258,77 @@ def save_weights(model: Decoder, weights: Path, config: Path, eod_id: int | None
     if back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):
         raise InputError(f"{weights}: does not read back as written; check the disk")
     config.write_text(json.dumps(hugging_face_config(model.shape, eod_id), indent=1) + "\n", encoding="utf-8")
+
+
+def load_weights(folder: Path) -> Decoder:
+    """The model of a folder with ``config.json`` and safetensors of a ``LlamaForCausalLM``, in float32 on the CPU.
+
+    Raises:
+        InputError: another architecture or variant of it, a weight that is missing, unknown or of another size, or
+            as ``models.load_config`` and ``models.weight_files``.
+    """
+    from safetensors.torch import load_file
+
+    model = Decoder(_shape_of(load_config(folder), folder))
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        state.update(load_file(path))
+    wanted = model.state_dict()
+    if model.shape.tied:
+        del wanted["lm_head.weight"]
+    if other := wanted.keys() ^ state.keys():
+        what = "has no" if min(other) in wanted else "has an unknown"
+        raise InputError(f"{folder}: {what} weight {min(other)}; give a model that LlamaForCausalLM has saved")
+    for name, weight in state.items():
+        if weight.shape != wanted[name].shape or not weight.is_floating_point():
+            raise InputError(
+                f"{folder}: {name} is {list(weight.shape)} of {weight.dtype}, where config.json means "
+                f"{list(wanted[name].shape)} of a floating type; fetch or save the model again"
+            )
+    if model.shape.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def _shape_of(config: Any, folder: Path) -> Shape:
+    """The shape of a model that transformers' ``config`` describes, where it is one that ``Decoder`` computes."""
+    if config.model_type != "llama" or (config.architectures or []) != ["LlamaForCausalLM"]:
+        raise InputError(
+            f"{folder}/config.json: a {config.model_type} with architectures {config.architectures}; give a model "
+            f"of LlamaForCausalLM"
+        )
+    rope = dict(config.rope_parameters)
+    theta = float(rope.pop("rope_theta"))
+    found = {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": config.hidden_act,
+        "head_dim": config.head_dim,
+        "rope_parameters": rope,
+    }
+    known = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "rope_parameters": {"rope_type": "default"},
+    }
+    if other := [name for name in known if found[name] != known[name]]:
+        raise InputError(
+            f"{folder}/config.json: {other[0]} is {found[other[0]]}, where only {known[other[0]]} is known; give "
+            f"another model"
+        )
+    kv_heads = config.num_key_value_heads
+    return Shape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        ffn=config.intermediate_size,
+        context=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        kv_heads=0 if kv_heads == config.num_attention_heads else kv_heads,
+        tied=config.tie_word_embeddings,
+        rope_theta=theta,
+        norm_eps=config.rms_norm_eps,
+    )

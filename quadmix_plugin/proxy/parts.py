@@ -13,13 +13,14 @@ from quadmix_plugin.proxy.validation import ValidationSet
 from quadmix_plugin.store import Step
 
 LOSS_PREFIX, BITS_PREFIX = "loss_", "bpb_"
+PARTS = "proxies/parts/"
 
 _NATS_PER_BIT = float(np.log(2.0))
 
 
 def part_path(proxy: int) -> str:
     """The artifact of one proxy."""
-    return f"proxies/parts/{int(proxy):06d}.json"
+    return f"{PARTS}{int(proxy):06d}.json"
 
 
 def measured(result: TrainResult, sets: Sequence[ValidationSet]) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""A CPU in the place of a GPU, for code that names CUDA: what Megatron-Core does on a GPU then runs here as it is."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Every tensor asked for on a CUDA device is one on the CPU, and says that its type is one of CUDA's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*map(_moved, args), **{name: _moved(value) for name, value in (kwargs or {}).items()})
+
+
+def _moved(value: Any) -> Any:
+    named = str(value) if isinstance(value, str | torch.device) else ""
+    return torch.device("cpu") if named.startswith("cuda") else value
+
+
+@contextlib.contextmanager
+def cpu_as_cuda() -> Iterator[None]:
+    """Inside, CUDA is there, in one process group over gloo and loopback; outside, nothing is left of it."""
+    from quadmix_plugin.proxy import megatron_model
+
+    cpu = torch.device("cpu")
+    with megatron_model.quiet_import():
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    with pytest.MonkeyPatch.context() as patch, _CpuForCuda():
+        for name, answer in {
+            "is_available": True,
+            "device_count": 1,
+            "current_device": cpu,
+            "synchronize": None,
+            "get_rng_state": torch.get_rng_state(),
+        }.items():
+            patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        patch.setattr(torch.cuda, "_queued_calls", [])
+        patch.setattr(megatron_model, "_backend", lambda device: "gloo")
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            patch.setenv(name, "lo")
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            patch.setenv(name, "1")  # as megatron-core would leave them
+        try:
+            yield
+        finally:
+            megatron_model.stop_parallel_state()
+            if filesystem_async._results_queue is not None:
+                filesystem_async._results_queue._manager.shutdown()
+                filesystem_async._results_queue = None
