@@ -19,7 +19,7 @@ from quadmix_plugin.report import (
     StepRows,
     render,
 )
-from quadmix_plugin.store import atomic_path
+from quadmix_plugin.store import Step, atomic_path
 from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
 
 _BINS = 40
@@ -111,10 +111,20 @@ def _theta(run: Run, done: set[str]) -> Parameters | None:
     return None
 
 
+def _trust(step: Step) -> dict[str, dict[str, Any]]:
+    """Noise per task, and in words how early the ranks of the proxies hold."""
+    noise, fidelity = step.read_json("proxies/noise.json"), step.read_json("proxies/fidelity.json")
+    said = {
+        task: ", ".join(f"{value:.2f} at {float(share):.0%}" for share, value in by_share.items() if value is not None)
+        for task, by_share in fidelity["agreement"].items()
+    }
+    return {task: {**noise.get(task, {}), "agreement": said.get(task)} for task in {**noise, **said}}
+
+
 def _search(run: Run, done: set[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "proxies" in done:
-        found["noise"] = run.step("proxies").read_json("proxies/noise.json")
+        found["noise"] = _trust(run.step("proxies"))
     if "search" not in done:
         return found
     step = run.step("search")
@@ -171,6 +181,8 @@ def _warnings(run: Run, done: set[str]) -> list[str]:
         warnings += [f"{n:,} documents dropped: {reason}." for reason, n in dropped.items()]
     if "select" in done:
         warnings += _rank_warnings(run)
+    if "proxies" in done:
+        warnings += _proxy_warnings(run.step("proxies"))
     return warnings
 
 
@@ -183,6 +195,27 @@ def domains_out_of_reach(run: Run) -> list[str]:
     hashes = ranks.tie[first] if ranks.tie.size else np.zeros(first.size, dtype=np.uint64)
     best = ranks.rank(ranks.cells["lowest"][first], present, hashes)
     return [theta.domains[m] for m, rank in zip(present, best, strict=True) if rank > theta.omega[m]]
+
+
+def _proxy_warnings(step: Step) -> list[str]:
+    failures, fidelity = (step.summary() or {}).get("failures", {}), step.read_json("proxies/fidelity.json")
+    warnings = []
+    if failures:
+        warnings.append(
+            f"{len(failures)} proxies could not be trained and are left out of the fit; the first: "
+            f"{next(iter(failures.values()))}."
+        )
+    if fidelity["not_learnt"]:
+        warnings.append(
+            f"{fidelity['not_learnt']} proxies ended with a training loss above the entropy of single tokens: they "
+            f"learnt nothing from context, so their losses say little; check the learning rate, and the data."
+        )
+    if stopped := sum(fidelity["stopped"].values()):
+        warnings.append(
+            f"{stopped} of {stopped + fidelity['proxies_in_full']} proxies were stopped early, which left "
+            f"{fidelity['trained_share']:.0%} of the training; their final losses are forecasts."
+        )
+    return warnings
 
 
 def _rank_warnings(run: Run) -> list[str]:

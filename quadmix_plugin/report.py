@@ -99,8 +99,8 @@ class ReportData:
     predictions: pa.Table | None = None
     metrics: Mapping[str, Mapping[str, float]] | None = None
     """Cross-validated, per task (and "objective"): spearman, mae, and what else was measured."""
-    noise: Mapping[str, Mapping[str, float]] | None = None
-    """Per task: theta_sd, noise_sd, signal_to_noise, repeats."""
+    noise: Mapping[str, Mapping[str, Any]] | None = None
+    """Per task: theta_sd, noise_sd, signal_to_noise, repeats, and ``agreement`` of ranks before the end, in words."""
     search: SearchOutcome | None = None
     results: pa.Table | None = None
     selections: Sequence[SelectorShares] | None = None
@@ -248,7 +248,7 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
     tasks = list(dict.fromkeys([*points, *metrics]))
     rows = [{"task": task, **{k: metrics.get(task, {}).get(k) for k in ("spearman", "mae")}} for task in tasks]
     for row in rows:
-        row |= {k: noise.get(row["task"], {}).get(k) for k in ("theta_sd", "noise_sd", "signal_to_noise", "repeats")}
+        row |= {k: v for k, v in noise.get(row["task"], {}).items() if k != "task"}
     mae = metrics.get(OBJECTIVE, {}).get("mae")
     found = data.search
     lead = None if found is None or found.best_observed is None else found.best_observed - found.predicted

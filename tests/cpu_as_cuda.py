@@ -1,6 +1,7 @@
 """A CPU in the place of a GPU, for code that names CUDA: what Megatron-Core does on a GPU then runs here as it is."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ def cpu_as_cuda() -> Iterator[None]:
 
     cpu = torch.device("cpu")
     with megatron_model.quiet_import():
+        from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     with pytest.MonkeyPatch.context() as patch, _CpuForCuda():
         for name, answer in {
             "is_available": True,
@@ -52,6 +55,9 @@ def cpu_as_cuda() -> Iterator[None]:
             yield
         finally:
             megatron_model.stop_parallel_state()
+            parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # megatron-core forgets it
+            RotaryEmbedding.forward.cache_clear()
             if filesystem_async._results_queue is not None:
                 filesystem_async._results_queue._manager.shutdown()
                 filesystem_async._results_queue = None
+            gc.collect()

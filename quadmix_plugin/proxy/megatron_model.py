@@ -251,8 +251,8 @@ def _refuse_rest(rest: dict[str, Any]) -> None:
         raise InputError(f"weights: {min(rest)} has no place in the model; give those of a model of this shape")
 
 
-def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
-    """Writes a sharded state, such as that of a ``GPTModel``, as a distributed checkpoint of megatron-core.
+def save_checkpoint(model: "GPTModel", folder: Path, optimizer: Any = None) -> None:
+    """Writes weights, and the state of megatron-core's optimizer if given, as its distributed checkpoint.
 
     megatron-core writes in processes of its own: a script needs a ``__main__`` guard, and a daemon cannot do it. It
     also asks CUDA for the current device.
@@ -265,6 +265,9 @@ def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InputError(f"{folder}: not empty; give a new folder for the checkpoint")
+    state: dict[str, Any] = model.sharded_state_dict()
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model.sharded_state_dict())
     dist_checkpointing.save(state, str(folder))
 
 

@@ -31,7 +31,8 @@ class MegatronTrainer(Trainer):
 
     Args:
         dtype: of weights and products: ``auto`` is bfloat16; the optimizer and the gradients' sums are float32 always.
-        micro_batch_size: pieces per pass, of which an update sums ``batch_size``; 0: as many as memory should allow.
+        micro_batch_size: pieces per pass, of which an update sums ``batch_size``; 0: so many that their logits take
+            2 GiB at most.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -56,7 +57,7 @@ class PassDataset:
     """A batch as a data set whose items are passes: dicts with the keys of megatron-core's ``GPTDataset``.
 
     ``GPTDataset`` itself draws its own order of documents; a proxy's pieces come in the order of the pool, stratified
-    by domain. Tensors are [pieces, context]; ``loss_mask`` is 1 throughout.
+    by domain. Tensors are [pieces, context]; every token counts in ``loss_mask``.
     """
 
     def __init__(self, batch: "Tensor", pieces: int) -> None:
@@ -91,6 +92,7 @@ class MegatronLearner(Learner):
 
         with quiet_import():
             from megatron.core import tensor_parallel
+            from megatron.core.pipeline_parallel import get_forward_backward_func
         gc.collect()  # megatron-core's wrappers hold one another, and with them the memory of a former model
         start_parallel_state(device)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -100,6 +102,7 @@ class MegatronLearner(Learner):
         self._gpt.load_state_dict(weights)
         self._model = _parallel_model(self._gpt)
         self._optimizer = _optimizer(self._model, options)
+        self._forward_backward = get_forward_backward_func()
         for name, main in self._main_weights():  # copies made by the optimizer, of what bfloat16 has rounded
             main.data.copy_(weights[name])
         self._pieces = options.micro_batch_size or max(_LOGITS_PER_PASS // (shape.vocabulary * shape.context), 1)
@@ -107,12 +110,11 @@ class MegatronLearner(Learner):
     def step(self, batch: "Tensor", learning_rate: float) -> "Tensor":
         """One update; the passes of a batch count by their tokens."""
         import torch
-        from megatron.core.pipeline_parallel import get_forward_backward_func
 
         passes = PassDataset(batch, self._pieces)
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        done = get_forward_backward_func()(
+        done = self._forward_backward(
             forward_step_func=_forward_step,
             data_iterator=iter(passes),
             model=[self._model],
@@ -136,8 +138,7 @@ class MegatronLearner(Learner):
         """Writes the weights and the optimizer's state, as ``megatron_model.save_checkpoint``."""
         from quadmix_plugin.proxy.megatron_model import save_checkpoint
 
-        state: dict[str, Any] = self._gpt.sharded_state_dict()
-        save_checkpoint({**state, "optimizer": self._optimizer.sharded_state_dict(state)}, folder)
+        save_checkpoint(self._gpt, folder, self._optimizer)
 
     def _main_weights(self) -> Iterator[tuple[str, "Tensor"]]:
         """Name in the ``GPTModel`` and float32 weight, which with bfloat16 only the optimizer has."""
@@ -146,12 +147,15 @@ class MegatronLearner(Learner):
 
 def _parallel_model(gpt: Any) -> Any:
     """The model in the wrappers that megatron-core's optimizer expects; sums of gradients are float32."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.transformer.module import Float16Module
+    from quadmix_plugin.proxy.megatron_model import quiet_import
+
+    with quiet_import():
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.transformer.module import Float16Module
 
     config = gpt.config
     config.calculate_per_token_loss = True  # the last batch may divide into passes of different sizes
@@ -162,7 +166,10 @@ def _parallel_model(gpt: Any) -> Any:
 
 def _optimizer(model: Any, options: MegatronTrainer) -> Any:
     """AdamW; megatron-core leaves weights of one dimension undecayed only through a scheduler, so it is done here."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from quadmix_plugin.proxy.megatron_model import quiet_import
+
+    with quiet_import():
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
         optimizer="adam",
