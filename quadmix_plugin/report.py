@@ -245,10 +245,10 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
         note = "" if rho is None else f"Spearman {rho:.2f}"
         svg = figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"), note)
         drawn.append(Figure(svg, f"Predicted against real: {task}"))
-    tasks = list(dict.fromkeys([*points, *metrics]))
-    rows = [{"task": task, **{k: metrics.get(task, {}).get(k) for k in ("spearman", "mae")}} for task in tasks]
+    rows = [{"task": t, **{k: metrics.get(t, {}).get(k) for k in ("spearman", "mae")}} for t in {**points, **metrics}]
     for row in rows:
-        row |= {k: v for k, v in noise.get(row["task"], {}).items() if k != "task"}
+        of_task = noise.get(row["task"], {})
+        row |= {k: of_task.get(k) for k in ("theta_sd", "noise_sd", "signal_to_noise", "repeats", "agreement")}
     mae = metrics.get(OBJECTIVE, {}).get("mae")
     found = data.search
     lead = None if found is None or found.best_observed is None else found.best_observed - found.predicted

@@ -1,7 +1,6 @@
 """A CPU in the place of a GPU, for code that names CUDA: what Megatron-Core does on a GPU then runs here as it is."""
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,4 +59,3 @@ def cpu_as_cuda() -> Iterator[None]:
             if filesystem_async._results_queue is not None:
                 filesystem_async._results_queue._manager.shutdown()
                 filesystem_async._results_queue = None
-            gc.collect()

@@ -1,0 +1,208 @@
+"""Megatron-Core trains a proxy to the losses of the built-in trainer: same batches, same initial weights.
+
+What needs CUDA runs on the CPU as it is (``cpu_as_cuda``): the parallel state, both wrappers of the model, the
+optimizers and the schedule of passes are megatron-core's own.
+"""
+
+import weakref
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from cpu_as_cuda import cpu_as_cuda
+
+from quadmix_plugin import models
+from quadmix_plugin.corpus import list_files
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.megatron import write_documents
+from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, load_checkpoint, quiet_import
+from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer, PassDataset
+from quadmix_plugin.proxy.model import Decoder
+from quadmix_plugin.proxy.pieces import cut_pieces
+from quadmix_plugin.proxy.pool import TokenPool
+from quadmix_plugin.proxy.trainer import TorchTrainer
+from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows, validation_sets
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
+CUDA = torch.device("cuda")
+PLAIN = {"width": 32, "ffn": 64, "heads": 2, "context": 64}
+GROUPED = {**PLAIN, "heads": 4, "kv_heads": 2, "tied": True}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(str(QUICKSTART / "models" / "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def sets(tokenizer):
+    rows = read_rows(list_files(str(QUICKSTART / "validation.jsonl")), "prompt", "response", "task")
+    return validation_sets(tokenise_rows(choose_rows(rows, 20), tokenizer, 0, 64), "search")
+
+
+@pytest.fixture(scope="module")
+def pool_prefix(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    texts = pq.read_table(QUICKSTART / "corpus.parquet", columns=["text"]).slice(0, 200)["text"].to_pylist()
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    write_documents((e.ids for e in encodings), folder / "p.bin", folder / "p.idx", 4096, 0)
+    return str(folder / "p")
+
+
+@pytest.fixture(scope="module")
+def pieces(pool_prefix):
+    """158 of them: 39 batches of 4, and one of 2."""
+    return cut_pieces(TokenPool.open([pool_prefix]), None, None, 64, 158 * 64, 1)[:]
+
+
+@pytest.fixture(scope="module")
+def expected(pieces, sets):
+    """What the built-in trainer makes of them, in float32, by shape."""
+    return [
+        TorchTrainer(shape_options=shape, dtype="float32").train(pieces, sets, 5, 4096, eval_at=(0.5,))
+        for shape in (PLAIN, GROUPED)
+    ]
+
+
+@pytest.fixture
+def gpu():
+    with cpu_as_cuda():
+        yield
+
+
+def farthest(one, other):
+    """The largest difference of two results in any loss of the curve."""
+    assert [point.step for point in one.curve] == [point.step for point in other.curve]
+    assert [point.losses.keys() for point in one.curve] == [point.losses.keys() for point in other.curve]
+    return max(
+        abs(a - b)
+        for p, q in zip(one.curve, other.curve, strict=True)
+        for a, b in zip((p.train_loss, *p.losses.values()), (q.train_loss, *q.losses.values()), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("i", "shape", "micro"), [(0, PLAIN, 0), (1, GROUPED, 3)], ids=["plain", "grouped-tied"])
+def test_losses_agree_with_the_built_in_trainer(i, shape, micro, expected, pieces, sets, gpu):
+    trainer = MegatronTrainer(shape_options=shape, dtype="float32", micro_batch_size=micro)
+    found = trainer.train(pieces, sets, 5, 4096, eval_at=(0.5,))
+    assert len(found.curve) == 20
+    assert sum(bool(point.losses) for point in found.curve) == 2
+    assert found.curve[0].train_loss - found.curve[-1].train_loss > 0.3
+    assert farthest(found, expected[i]) < 2e-5
+    for name, weight in expected[i].model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], weight, atol=2e-4, rtol=0)
+    assert found.tokens_seen == 158 * 64
+
+
+@pytest.mark.parametrize("option", [{"weight_decay": 0.0}, {"grad_clip": 0.5}, {"betas": (0.9, 0.99)}], ids=str)
+def test_every_option_of_the_optimizer_counts(option, expected, pieces, sets, gpu):
+    trainer = MegatronTrainer(shape_options=PLAIN, dtype="float32", **option)
+    assert farthest(trainer.train(pieces, sets, 5, 4096, eval_at=(0.5,)), expected[0]) > 2e-4
+
+
+def test_only_matrices_decay(gpu):
+    trainer = MegatronTrainer(shape_options=PLAIN, weight_decay=0.3)
+    learner = trainer.learner(trainer.model_shape(4096), 0, CUDA)
+    decay = {}
+    for group in learner._optimizer.param_groups:
+        for weight in group["params"]:
+            decay.setdefault(weight.ndim, set()).add(group["weight_decay"])
+    assert decay == {1: {0.0}, 2: {0.3}}
+
+
+def test_bfloat16_keeps_exact_weights_and_stays_close(expected, pieces, sets, gpu):
+    trainer = MegatronTrainer(shape_options=PLAIN)
+    learner = trainer.learner(trainer.model_shape(4096), 5, CUDA)
+    assert {weight.dtype for weight in learner._gpt.parameters()} == {torch.bfloat16}
+    exact = Decoder(trainer.model_shape(4096)).initialise(5).state_dict()
+    assert all(torch.equal(weight, exact[name]) for name, weight in learner.decoder().state_dict().items())
+    found = trainer.train(pieces, sets, 5, 4096, eval_at=(0.5,))
+    assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
+    assert 1e-5 < farthest(found, expected[0]) < 0.03
+
+
+def test_models_follow_one_another_in_one_process_and_are_let_go(pieces, sets, gpu):
+    trainer = MegatronTrainer(shape_options=PLAIN, dtype="float32")
+    batch = torch.from_numpy(pieces[:4].astype("int64"))
+    former, groups, losses = [], set(), []
+    for seed in (0, 1, 0):
+        learner = trainer.learner(trainer.model_shape(4096), seed, CUDA)
+        assert not any(model() for model in former[:-1])
+        former.append(weakref.ref(learner._gpt))
+        groups.add(id(torch.distributed.group.WORLD))
+        losses.append([float(learner.step(batch, 1e-2)) for _ in range(3)])
+    assert len(groups) == 1
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+
+
+def test_items_are_those_of_megatrons_own_data_set(pool_prefix):
+    import numpy as np
+
+    with quiet_import():
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron.core.datasets.utils import Split
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=64,
+        split="1",
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    source = IndexedDataset(pool_prefix)
+    theirs = GPTDataset(source, pool_prefix, np.arange(200, dtype=np.int32), None, Split.train, config)
+    items = [theirs[i] for i in range(5)]
+    whole = torch.stack([torch.cat([item["tokens"], item["labels"][-1:]]) for item in items])
+    ours = list(PassDataset(whole, 3))
+    assert [len(item["tokens"]) for item in ours] == [3, 2]
+    for key in items[0]:
+        together = torch.cat([item[key] for item in ours])
+        assert torch.equal(together, torch.stack([item[key] for item in items]))
+        assert together.dtype == items[0][key].dtype
+    assert all(item.keys() == items[0].keys() for item in ours)
+
+
+class _Tokenizer:
+    eod, pad, vocab_size, unique_identifiers = 0, -1, 4096, {"class": "tokenizer"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_holds_weights_and_optimizer(dtype, pieces, gpu, tmp_path):
+    with quiet_import():
+        from megatron.core import dist_checkpointing
+    trainer = MegatronTrainer(shape_options=GROUPED, dtype=dtype)
+    shape = trainer.model_shape(4096)
+    learner, other = (trainer.learner(shape, seed, CUDA) for seed in (0, 1))
+    batches = torch.from_numpy(pieces[:12].astype("int64")).split(4)
+    for batch in batches:
+        learner.step(batch, 1e-2)
+    learner.checkpoint(tmp_path / "new")
+    model = gpt_model(shape, CUDA, learner._gpt.config.params_dtype)
+    load_checkpoint(model, tmp_path / "new")
+    read, trained = (from_megatron(each.state_dict(), shape) for each in (model, learner._gpt))
+    assert all(torch.equal(weight, trained[name]) for name, weight in read.items())
+    wanted = other._gpt.sharded_state_dict()
+    wanted["optimizer"] = other._optimizer.sharded_state_dict(other._gpt.sharded_state_dict(), is_loading=True)
+    state = dist_checkpointing.load(wanted, str(tmp_path / "new"))
+    other._optimizer.load_state_dict(state.pop("optimizer"))
+    other._gpt.load_state_dict(state)
+    onwards = [[float(each.step(batch, 1e-2)) for batch in batches] for each in (learner, other)]
+    assert onwards[0] == onwards[1]
+
+
+def test_without_a_gpu_it_is_refused_before_any_work():
+    for device, reason in (("auto", "needs a GPU.*trainer: torch"), ("cpu", "trainer: torch"), ("cuda", "0 usable")):
+        with pytest.raises(InputError, match=reason):
+            MegatronTrainer(device=device)
+    assert not torch.distributed.is_initialized()
+    with cpu_as_cuda():
+        with pytest.raises(InputError, match="trainer: torch"):
+            MegatronTrainer(device="cpu")
+        with pytest.raises(InputError, match="micro_batch_size -1"):
+            MegatronTrainer(micro_batch_size=-1)
+        assert MegatronTrainer(device="cuda:0").context == 128
