@@ -231,8 +231,8 @@ def executor_of(recipe: Recipe) -> BaseExecutor:
     if section.name == "dask":
         options = {"n_workers": section.workers, "address": section.address, "memory_limit": section.memory_limit}
         if section.address is None and choose_device(section.device).startswith("cuda"):
-            # One worker, which owns the GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
-            options |= {"n_workers": section.workers or 1, "worker_resources": {"GPU": 1}}
+            # Workers that share one GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
+            options |= {"n_workers": section.workers or recipe.proxy.per_gpu, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
 
 

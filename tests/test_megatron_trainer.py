@@ -26,8 +26,15 @@ from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_row
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 CUDA = torch.device("cuda")
-PLAIN = {"width": 32, "ffn": 64, "heads": 2, "context": 64}
-GROUPED = {**PLAIN, "heads": 4, "kv_heads": 2, "tied": True}
+SHAPE = {"width": 32, "ffn": 64, "heads": 2, "context": 64}
+PLAIN = {"shape_options": SHAPE}
+GROUPED = {
+    "shape_options": {**SHAPE, "heads": 4, "kv_heads": 2, "tied": True},
+    "weight_decay": 0.3,
+    "betas": (0.8, 0.97),
+    "grad_clip": 0.4,
+    "schedule": "linear",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +65,10 @@ def pieces(pool_prefix):
 
 @pytest.fixture(scope="module")
 def expected(pieces, sets):
-    """What the built-in trainer makes of them, in float32, by shape."""
+    """What the built-in trainer makes of them, in float32."""
     return [
-        TorchTrainer(shape_options=shape, dtype="float32").train(pieces, sets, 5, 4096, eval_at=(0.5,))
-        for shape in (PLAIN, GROUPED)
+        TorchTrainer(**options, dtype="float32").train(pieces, sets, 5, 4096, eval_at=(0.5,))
+        for options in (PLAIN, GROUPED)
     ]
 
 
@@ -82,9 +89,9 @@ def farthest(one, other):
     )
 
 
-@pytest.mark.parametrize(("i", "shape", "micro"), [(0, PLAIN, 0), (1, GROUPED, 3)], ids=["plain", "grouped-tied"])
-def test_losses_agree_with_the_built_in_trainer(i, shape, micro, expected, pieces, sets, gpu):
-    trainer = MegatronTrainer(shape_options=shape, dtype="float32", micro_batch_size=micro)
+@pytest.mark.parametrize(("i", "options", "micro"), [(0, PLAIN, 0), (1, GROUPED, 3)], ids=["plain", "grouped-tied"])
+def test_losses_agree_with_the_built_in_trainer(i, options, micro, expected, pieces, sets, gpu):
+    trainer = MegatronTrainer(**options, dtype="float32", micro_batch_size=micro)
     found = trainer.train(pieces, sets, 5, 4096, eval_at=(0.5,))
     assert len(found.curve) == 20
     assert sum(bool(point.losses) for point in found.curve) == 2
@@ -95,14 +102,13 @@ def test_losses_agree_with_the_built_in_trainer(i, shape, micro, expected, piece
     assert found.tokens_seen == 158 * 64
 
 
-@pytest.mark.parametrize("option", [{"weight_decay": 0.0}, {"grad_clip": 0.5}, {"betas": (0.9, 0.99)}], ids=str)
-def test_every_option_of_the_optimizer_counts(option, expected, pieces, sets, gpu):
-    trainer = MegatronTrainer(shape_options=PLAIN, dtype="float32", **option)
-    assert farthest(trainer.train(pieces, sets, 5, 4096, eval_at=(0.5,)), expected[0]) > 2e-4
+def test_another_weight_decay_shows_in_the_losses(expected, pieces, sets, gpu):
+    found = MegatronTrainer(**PLAIN, dtype="float32", weight_decay=0.0).train(pieces, sets, 5, 4096, eval_at=(0.5,))
+    assert farthest(found, expected[0]) > 2e-4
 
 
 def test_only_matrices_decay(gpu):
-    trainer = MegatronTrainer(shape_options=PLAIN, weight_decay=0.3)
+    trainer = MegatronTrainer(**PLAIN, weight_decay=0.3)
     learner = trainer.learner(trainer.model_shape(4096), 0, CUDA)
     decay = {}
     for group in learner._optimizer.param_groups:
@@ -112,7 +118,7 @@ def test_only_matrices_decay(gpu):
 
 
 def test_bfloat16_keeps_exact_weights_and_stays_close(expected, pieces, sets, gpu):
-    trainer = MegatronTrainer(shape_options=PLAIN)
+    trainer = MegatronTrainer(**PLAIN)
     learner = trainer.learner(trainer.model_shape(4096), 5, CUDA)
     assert {weight.dtype for weight in learner._gpt.parameters()} == {torch.bfloat16}
     exact = Decoder(trainer.model_shape(4096)).initialise(5).state_dict()
@@ -123,7 +129,7 @@ def test_bfloat16_keeps_exact_weights_and_stays_close(expected, pieces, sets, gp
 
 
 def test_models_follow_one_another_in_one_process_and_are_let_go(pieces, sets, gpu):
-    trainer = MegatronTrainer(shape_options=PLAIN, dtype="float32")
+    trainer = MegatronTrainer(**PLAIN, dtype="float32")
     batch = torch.from_numpy(pieces[:4].astype("int64"))
     former, groups, losses = [], set(), []
     for seed in (0, 1, 0):
@@ -171,28 +177,28 @@ class _Tokenizer:
     eod, pad, vocab_size, unique_identifiers = 0, -1, 4096, {"class": "tokenizer"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_holds_weights_and_optimizer(dtype, pieces, gpu, tmp_path):
+def test_a_checkpoint_holds_weights_and_optimizer(pieces, gpu, tmp_path):
     with quiet_import():
         from megatron.core import dist_checkpointing
-    trainer = MegatronTrainer(shape_options=GROUPED, dtype=dtype)
-    shape = trainer.model_shape(4096)
-    learner, other = (trainer.learner(shape, seed, CUDA) for seed in (0, 1))
     batches = torch.from_numpy(pieces[:12].astype("int64")).split(4)
-    for batch in batches:
-        learner.step(batch, 1e-2)
-    learner.checkpoint(tmp_path / "new")
-    model = gpt_model(shape, CUDA, learner._gpt.config.params_dtype)
-    load_checkpoint(model, tmp_path / "new")
-    read, trained = (from_megatron(each.state_dict(), shape) for each in (model, learner._gpt))
-    assert all(torch.equal(weight, trained[name]) for name, weight in read.items())
-    wanted = other._gpt.sharded_state_dict()
-    wanted["optimizer"] = other._optimizer.sharded_state_dict(other._gpt.sharded_state_dict(), is_loading=True)
-    state = dist_checkpointing.load(wanted, str(tmp_path / "new"))
-    other._optimizer.load_state_dict(state.pop("optimizer"))
-    other._gpt.load_state_dict(state)
-    onwards = [[float(each.step(batch, 1e-2)) for batch in batches] for each in (learner, other)]
-    assert onwards[0] == onwards[1]
+    for dtype in ("float32", "bfloat16"):
+        trainer, folder = MegatronTrainer(**GROUPED, dtype=dtype), tmp_path / dtype
+        shape = trainer.model_shape(4096)
+        learner, other = (trainer.learner(shape, seed, CUDA) for seed in (0, 1))
+        for batch in batches:
+            learner.step(batch, 1e-2)
+        learner.checkpoint(folder)
+        model = gpt_model(shape, CUDA, learner._gpt.config.params_dtype)
+        load_checkpoint(model, folder)
+        read, trained = (from_megatron(each.state_dict(), shape) for each in (model, learner._gpt))
+        assert all(torch.equal(weight, trained[name]) for name, weight in read.items())
+        wanted = other._gpt.sharded_state_dict()
+        wanted["optimizer"] = other._optimizer.sharded_state_dict(other._gpt.sharded_state_dict(), is_loading=True)
+        state = dist_checkpointing.load(wanted, str(folder))
+        other._optimizer.load_state_dict(state.pop("optimizer"))
+        other._gpt.load_state_dict(state)
+        onwards = [[float(each.step(batch, 1e-2)) for batch in batches] for each in (learner, other)]
+        assert onwards[0] == onwards[1]
 
 
 def test_without_a_gpu_it_is_refused_before_any_work():
