@@ -11,12 +11,12 @@ the same initial weights and batches, and must end at the same loss. "Workers' m
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import proxy_peers
@@ -43,38 +43,36 @@ OURS = "TorchTrainer"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its batch, and how many updates are timed after the first; ``repeats`` at most."""
+    """A model, its batch of pieces, and how many updates are timed after the first, in ``repeats`` rounds at most."""
 
     shape: str
     vocabulary: int
     batch: int
+    context: int
     steps: int
-    options: dict[str, Any] = field(default_factory=dict)
     repeats: int = 99
 
     @property
     def trainer(self) -> TorchTrainer:
         """With products in float32, as all others have them."""
-        return TorchTrainer(
-            self.shape, self.options, batch_size=self.batch, dtype="float32", compile="off", device="cpu"
-        )
-
-    @property
-    def context(self) -> int:
-        """Tokens of a piece."""
-        return self.trainer.context
+        options = {"context": self.context}
+        return TorchTrainer(self.shape, options, batch_size=self.batch, dtype="float32", compile="off", device="cpu")
 
     def __str__(self) -> str:
         return f"{self.shape}, vocabulary {self.vocabulary:,}, {self.batch} × {self.context} tokens"
 
 
 SPEED = (
-    Case("proxy-tiny", 4096, 4, 20),
-    Case("proxy-tiny", 50_432, 4, 5),
-    Case("proxy-1m", 50_432, 2, 3, {"context": 512}, repeats=3),
+    Case("proxy-tiny", 4096, batch=4, context=128, steps=20),
+    Case("proxy-tiny", 50_432, batch=4, context=128, steps=5),
+    Case("proxy-1m", 50_432, batch=2, context=512, steps=3, repeats=3),
 )
-MEMORY = (Case("proxy-tiny", 50_432, 64, 1), Case("proxy-1m", 50_432, 4, 1, {"context": 512}))
-CHUNKS = ((4096, 64, 512), (50_432, 64, 512), (50_432, 256, 1024))  # vocabulary, width, rows
+MEMORY = (
+    Case("proxy-tiny", 50_432, batch=32, context=128, steps=1),
+    Case("proxy-1m", 50_432, batch=4, context=512, steps=1),
+)
+CHUNKS = ((4096, 64, 512), (50_432, 64, 512), (50_432, 256, 1024))  # vocabulary, width, tokens
+CHUNK_TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024)
 ARMS = {  # name: the way to train, the environment, the cases
     OURS: ("ours", WORKER, SPEED),
     "plain loop": ("plain", DEFAULT, SPEED),
@@ -121,7 +119,9 @@ def step_of(way: str, case: Case) -> proxy_peers.Step:
         return proxy_peers.megatron_on_cpu(shape, 0, trainer)
     if way == "stacked":
         return proxy_peers.stacked_step(proxy_peers.StackedDecoders(shape, range(STACKED), CPU), trainer)
-    return proxy_peers.decoder_step(Decoder(shape).initialise(0), trainer, **({"fused": True} if way == "fused" else {}))
+    return proxy_peers.decoder_step(
+        Decoder(shape).initialise(0), trainer, **({"fused": True} if way == "fused" else {})
+    )
 
 
 def train(way: str, cases: Sequence[Case]) -> list[Run]:
@@ -159,7 +159,7 @@ def environment(name: str, scratch: Path) -> Iterator[None]:
 
 def speeds(repeats: int, scratch: Path) -> list[str]:
     """One table per case: every arm once a round, each round beginning with another."""
-    found: dict[Case, dict[str, list[Run]]] = {case: {} for case in SPEED}  # type: ignore[misc]
+    found: dict[Case, dict[str, list[Run]]] = {case: {} for case in SPEED}
     names = list(ARMS)
     for i in range(repeats):
         progress(f"speed: round {i + 1} of {repeats}")
@@ -185,7 +185,9 @@ def speed_table(case: Case, found: dict[str, list[Run]]) -> str:
             raise SystemExit(f"{case}: {name} ends at {runs[0].loss:.5f}, {OURS} at {ours[0].loss:.5f}: void")
         each = [run.core_ns for run in runs]
         ratios = [run.core_ns / own.core_ns for run, own in zip(runs, ours, strict=True)]
-        walls = [(run.cost.wall_s / run.tokens) / (own.cost.wall_s / own.tokens) for run, own in zip(runs, ours, strict=True)]
+        walls = [
+            (run.cost.wall_s / run.tokens) / (own.cost.wall_s / own.tokens) for run, own in zip(runs, ours, strict=True)
+        ]
         rows.append(
             [
                 name,
@@ -200,7 +202,13 @@ def speed_table(case: Case, found: dict[str, list[Run]]) -> str:
             ]
         )
     header = [f"{case}; {len(ours)} rounds", "tokens per core-s", "min–max", "tokens per s of wall time"]
-    header += ["TorchTrainer is × faster (core-s)", "min–max", "wall", "first update s: first round / median", "last loss"]
+    header += [
+        "TorchTrainer is × faster (core-s)",
+        "min–max",
+        "wall",
+        "first update s: first round / median",
+        "last loss",
+    ]
     return markdown(header, rows)
 
 
@@ -233,18 +241,17 @@ def memory_table(scratch: Path) -> str:
 
 
 def chunk_costs(vocabulary: int, width: int, n: int, repeats: int) -> dict[int, list[float]]:
-    """Core-seconds of loss and gradients of the output layer by elements per chunk; 0: its three products alone."""
+    """Core-seconds of loss and gradients of the output layer by tokens per chunk; 0: its three products alone."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     states, weight = torch.randn(n, width, requires_grad=True), torch.randn(vocabulary, width) / width**0.5
     weight.requires_grad_()
     targets = torch.randint(0, vocabulary, (n,))
-    sizes = [0, *(1 << power for power in range(17, 26))]
-    found: dict[int, list[float]] = {size: [] for size in sizes}
+    found: dict[int, list[float]] = {size: [] for size in CHUNK_TOKENS if size <= n}
     output_loss._FEWEST_ROWS = 1
     for i in range(repeats + 1):
-        for size in sizes:
-            output_loss._CHUNK_ELEMENTS = {"cpu": size}
+        for size in found:
+            output_loss._CHUNK_ELEMENTS = {"cpu": size * vocabulary}
             with metered() as cost:
                 if size:
                     output_loss.output_loss(states, weight, targets).backward()
@@ -262,21 +269,23 @@ def _products(states: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def chunk_table(repeats: int, scratch: Path) -> str:
-    """Core-milliseconds by the number of elements per chunk; the shortest chunk has at least one row here."""
+    """Core-milliseconds of the output layer by tokens per chunk, beside what the library takes of its own accord."""
     columns = {}
     for vocabulary, width, n in CHUNKS:
         progress(f"chunks: vocabulary {vocabulary}, width {width}")
         with environment(WORKER, scratch):
             columns[vocabulary, width, n] = in_fresh_process(chunk_costs, vocabulary, width, n, repeats)
     rows = []
-    for size in next(iter(columns.values())):
-        line = [f"2^{size.bit_length() - 1}" if size else "the three matrix products alone"]
-        for (vocabulary, _, n), found in columns.items():
-            taken = " of ".join([f"{median(found[size]) * 1e3:.1f}"])
-            line.append(f"{taken} ({min(size // vocabulary, n) or 1} rows)" if size else taken)
+    for size in CHUNK_TOKENS:
+        line = [f"{size}" if size else "the three matrix products alone, all tokens"]
+        for (vocabulary, _, _), found in columns.items():
+            own = max(output_loss._CHUNK_ELEMENTS["cpu"] // vocabulary, output_loss._FEWEST_ROWS)
+            line.append(
+                f"{median(found[size]) * 1e3:.1f}{' (its own)' if size == own else ''}" if size in found else ""
+            )
         rows.append(line)
     header = [f"vocabulary {v:,}, width {width}, {n} tokens: core-ms" for v, width, n in columns]
-    return markdown(["elements per chunk of the output layer", *header], rows)
+    return markdown(["output layer and loss, with gradients: tokens per chunk", *header], rows)
 
 
 def feed_costs(context: int, folder: Path, repeats: int) -> list[tuple[Cost, Cost, int]]:
@@ -333,7 +342,7 @@ def main(
         parts: dict[str, Callable[[], list[str]]] = {
             "speed": lambda: speeds(repeats, scratch / "inductor"),
             "memory": lambda: [memory_table(scratch)],
-            "chunks": lambda: [chunk_table(2 * repeats, scratch)],
+            "chunks": lambda: [chunk_table(repeats, scratch)],
             "feed": lambda: [feed_table(repeats, scratch)],
         }
         for name in only or PARTS:

@@ -187,19 +187,15 @@ class StackedDecoders(nn.Module):
         return flat.view(*x.shape[:3], -1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return functional.rms_norm(x, x.shape[-1:], eps=self.shape.norm_eps) * self.stacks[f"{name}/weight"][
-            :, None, None
-        ]
+        return (
+            functional.rms_norm(x, x.shape[-1:], eps=self.shape.norm_eps) * self.stacks[f"{name}/weight"][:, None, None]
+        )
 
     def _attention(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = (*x.shape[:3], self.shape.heads, self.shape.head_width)
-        q, k, v = (
-            self._linear(x, f"{name}/{part}_proj").view(heads).flatten(0, 1).transpose(1, 2) for part in "qkv"
-        )
+        q, k, v = (self._linear(x, f"{name}/{part}_proj").view(heads).flatten(0, 1).transpose(1, 2) for part in "qkv")
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        mixed = functional.scaled_dot_product_attention(
-            _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True
-        )
+        mixed = functional.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         return self._linear(mixed.transpose(1, 2).reshape(*x.shape[:3], -1), f"{name}/o_proj")
 
 

@@ -2,11 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers.utils import is_torch_cuda_available
+
+_ASK_CUDA_ON_IMPORT = (
+    "core.models.gpt.gpt_layer_specs",
+    "core.optimizer",
+    "core.distributed",
+    "core.pipeline_parallel",
+)
+_SET_INSIDE = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -30,26 +40,29 @@ def cpu_as_cuda() -> Iterator[None]:
     """Inside, CUDA is there, in one process group over gloo and loopback; outside, nothing is left of it."""
     from quadmix_plugin.proxy import megatron_model
 
-    cpu = torch.device("cpu")
+    is_torch_cuda_available()  # keeps its first answer
     with megatron_model.quiet_import():
+        for name in _ASK_CUDA_ON_IMPORT:
+            import_module(f"megatron.{name}")
         from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": torch.device("cpu"),
+        "synchronize": None,
+        "get_rng_state": torch.get_rng_state(),
+        "set_device": None,
+    }
     with pytest.MonkeyPatch.context() as patch, _CpuForCuda():
-        for name, answer in {
-            "is_available": True,
-            "device_count": 1,
-            "current_device": cpu,
-            "synchronize": None,
-            "get_rng_state": torch.get_rng_state(),
-        }.items():
+        for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
         patch.setattr(torch.cuda, "_queued_calls", [])
         patch.setattr(megatron_model, "_backend", lambda device: "gloo")
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-            patch.setenv(name, "lo")
-        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-            patch.setenv(name, "1")  # as megatron-core would leave them
+        for name in _SET_INSIDE:
+            patch.setenv(name, "so that it is put back afterwards")
+            patch.delenv(name)
         try:
             yield
         finally:

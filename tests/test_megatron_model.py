@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 
 import psutil
 import pytest
@@ -162,6 +163,7 @@ def test_one_group_on_loopback_is_kept_and_leaves_nothing():
         new = listening() - before
         assert len(new) > 1
         assert {address.ip for address in new} == {"127.0.0.1"}
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"  # which cannot be seen here
         megatron_model.start_parallel_state(CUDA)
         assert torch.distributed.group.WORLD is group
         assert listening() - before == new

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from quadmix_plugin.megatron import write_documents
 from quadmix_plugin.parameters import ParameterSpace
 from quadmix_plugin.proxy import training
 from quadmix_plugin.proxy.model import Decoder
-from quadmix_plugin.proxy.parts import merge_parts, part_path
+from quadmix_plugin.proxy.parts import measured, merge_parts, part_path
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import ProxyTable
@@ -68,7 +69,7 @@ def pieces(pool_prefix):
 
 @pytest.fixture(scope="module")
 def learnt(pool_prefix, validation):
-    pieces = cut_pieces(TokenPool.open([pool_prefix]), None, None, 128, 100_000, 1)[:]
+    pieces = cut_pieces(TokenPool.open([pool_prefix]), None, None, 128, 100_000, 1)
     return TorchTrainer(batch_size=2).train(pieces, validation_sets(validation, "search"), 0, 4096)
 
 
@@ -99,6 +100,77 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads(pieces, validati
     assert same.curve == again.curve
     assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), again.model.parameters(), strict=True))
     assert same.losses != other.losses
+
+
+def test_measuring_in_between_changes_nothing_and_is_told_at_the_shares_asked(pieces, validation):
+    sets = validation_sets(validation, "search")
+    plain = TorchTrainer(**TINY).train(pieces[:100], sets, 0, 4096)
+    watched = TorchTrainer(**TINY).train(pieces[:100], sets, 0, 4096, eval_at=(0.5, 0.1, 0.25))
+    known = [point for point in watched.curve if point.losses]
+    assert [(p.share, p.step, p.tokens_seen) for p in known] == [
+        (share, step, step * 4 * 64) for share, step in ((0.1, 2), (0.25, 6), (0.5, 12), (1.0, 25))
+    ]
+    assert plain.losses == watched.losses == known[-1].losses
+    assert [point.losses for point in plain.curve[:-1]] == [{}] * 19
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True))
+
+
+@pytest.mark.xfail(strict=True, reason="two shares of one step: the smaller one is forgotten", raises=AssertionError)
+def test_every_share_asked_is_told_of_a_short_training(pieces, validation):
+    sets = validation_sets(validation, "search")
+    short = TorchTrainer(**TINY).train(pieces[:16], sets, 0, 4096, eval_at=(0.1, 0.25, 0.5))
+    assert [point.share for point in short.curve if point.losses] == [0.1, 0.25, 0.5, 1.0]
+
+
+def test_training_ends_where_it_is_told_to_stop(pieces, validation):
+    sets, asked = validation_sets(validation, "search"), []
+
+    def stop(share, losses):
+        asked.append((share, losses))
+        return share == at
+
+    at = 1.0  # never asked there
+    whole = TorchTrainer(**TINY).train(pieces[:100], sets, 0, 4096, eval_at=(0.1, 0.25, 0.5), stop=stop)
+    assert (whole.share, [share for share, _ in asked]) == (1.0, [0.1, 0.25, 0.5])
+    asked, at = [], 0.25
+    stopped = TorchTrainer(**TINY).train(pieces[:100], sets, 0, 4096, eval_at=(0.1, 0.25, 0.5), stop=stop)
+    assert [share for share, _ in asked] == [0.1, 0.25]
+    assert (stopped.share, stopped.tokens_seen) == (0.25, 6 * 4 * 64)
+    assert stopped.curve == tuple(point for point in whole.curve if point.share <= 0.25)
+    assert stopped.losses == asked[-1][1] == stopped.curve[-1].losses
+    assert stopped.losses != whole.losses
+
+
+@pytest.mark.parametrize(("steps", "rate", "learnt"), [(149, 4e-3, None), (160, 1e-9, False), (160, 4e-3, True)])
+def test_whether_a_model_learnt_is_told_after_enough_steps(validation, steps, rate, learnt):
+    generator = np.random.default_rng(0)  # ids of uneven frequency, each followed by the next one
+    data = (generator.geometric(0.05, (steps, 1)) + np.arange(17)) % 50
+    sizes = {"width": 16, "ffn": 32, "heads": 1, "layers": 1, "context": 16}
+    trainer = TorchTrainer(shape_options=sizes, batch_size=1, learning_rate=rate, dtype="float32")
+    short = [dataclasses.replace(each, ids=each.ids[:1, :17] % 50, lengths=np.array([17]), starts=np.array([9]))
+             for each in validation_sets(validation, "search")[:1]]  # fmt: skip
+    assert trainer.train(data, short, 0, 50).learnt is learnt
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_bits_per_byte_are_those_of_the_predicted_text(rows, tokenizer, pieces, mask_prompt):
+    chosen = choose_rows(rows, 40)
+    table = tokenise_rows(chosen, tokenizer, 0, 32, mask_prompt)
+    assert 20 < sum(table["truncated"].to_pylist()) < table.num_rows - 20
+    sets = validation_sets(table, "search")
+    result = TorchTrainer(**TINY).train(pieces[:16], sets, 0, 4096)
+    found = measured(result, sets)["bits_per_byte"]
+    assert set(found) == {each.task for each in sets}
+    for task, bits_per_byte in found.items():
+        nats = n_bytes = 0
+        for row in table.to_pylist():
+            if (row["task"], row["part"]) == (task, "search"):
+                ids = torch.tensor(row["ids"])
+                with torch.no_grad():
+                    each = functional.cross_entropy(result.model(ids[None, :-1])[0], ids[1:], reduction="none")
+                nats += float(each[row["start"] - 1 :].sum())
+                n_bytes += len(tokenizer.decode(row["ids"][row["start"] :]).encode())
+        assert bits_per_byte == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
 
 
 def test_low_precision_stays_close_to_float32(pieces, validation):
@@ -198,6 +270,7 @@ def test_the_stage_trains_records_and_resumes(work):
     assert "fewer than a batch" in failures[paths[2]]
     assert losses["proxy"].to_pylist() == [0, 1] == sorted(set(curves["proxy"].to_pylist()))
     assert losses["loss_mmlu"][0] != losses["loss_mmlu"][1]
+    assert stage.step.read_json(paths[2])["attempts"] == 1  # the same again would fail again
     part = stage.step.read_json(paths[0])
     assert part["tokens_seen"] == 8000
     assert sum(part["domain_tokens"].values()) == part["selected_tokens"] >= part["unique_tokens"]
@@ -206,6 +279,7 @@ def test_the_stage_trains_records_and_resumes(work):
     assert {path: stage.step.path(path).stat().st_mtime_ns for path in paths} == before
     stage.step.path(paths[0]).unlink()
     stage.teardown()
+    stage = dataclasses.replace(stage, session="another")
     stage = pickle.loads(pickle.dumps(stage))  # noqa: S301 - as an executor sends it to a worker
     again = stage.process(tasks[0]).data.to_pylist()[0]
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first[0].items() if k != "seconds"}
@@ -218,6 +292,18 @@ def test_labels_and_pool_of_different_runs_are_refused(work, pool_prefix):
         stage.process(tasks[0])
 
 
+def test_a_truncated_pool_is_refused_before_any_proxy_is_trained(work, pool_prefix, tmp_path):
+    stage, tasks = work
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{pool_prefix}{suffix}", tmp_path / f"short{suffix}")
+    with open(tmp_path / "short.bin", "r+b") as stream:
+        stream.truncate(1000)
+    stage.pool = [str(tmp_path / "short")]
+    with pytest.raises(InputError, match=r"short\.bin: 1000 bytes, short\.idx says"):
+        stage.process(tasks[0])
+    assert stage.step.entry(part_path(0)) is None
+
+
 def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, pool_prefix):
     from transformers import AutoModelForCausalLM
 
@@ -227,7 +313,7 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
     found = stage.process(pretrain_tasks(rows)[0]).data.to_pylist()[0]
     _, curves, failures = merge_parts(step, [pretrain_part_path("random", 1)], ["selector", "seed"])
     assert not failures
-    assert curves.column_names[-4:] == ["step", "share", "tokens_seen", "train_loss"]
+    assert {"selector", "seed", "step", "share", "tokens_seen", "train_loss", "loss_mmlu"} <= set(curves.column_names)
     folder = step.root / "pretrain/models/random-1"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in loaded.parameters()) > 100_000

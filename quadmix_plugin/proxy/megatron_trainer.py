@@ -5,7 +5,7 @@ learning rate, initial weights and evaluation are those of the other trainers, s
 keeps its parallel state from one model to the next.
 """
 
-import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +93,6 @@ class MegatronLearner(Learner):
         with quiet_import():
             from megatron.core import tensor_parallel
             from megatron.core.pipeline_parallel import get_forward_backward_func
-        gc.collect()  # megatron-core's wrappers hold one another, and with them the memory of a former model
         start_parallel_state(device)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         weights = to_megatron(Decoder(shape).initialise(seed).state_dict(), shape)
@@ -101,6 +100,7 @@ class MegatronLearner(Learner):
         self._gpt = gpt_model(shape, device, torch.float32 if options.dtype == "float32" else torch.bfloat16)
         self._gpt.load_state_dict(weights)
         self._model = _parallel_model(self._gpt)
+        weakref.finalize(self, self._model.grad_accs.clear)  # its hooks hold the model, whose memory is needed again
         self._optimizer = _optimizer(self._model, options)
         self._forward_backward = get_forward_backward_func()
         for name, main in self._main_weights():  # copies made by the optimizer, of what bfloat16 has rounded

@@ -1,0 +1,454 @@
+"""Step 2 as a whole: losses along the training, retries, halving by a pilot, matched epochs, bad input, kill -9."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy.stats import spearmanr
+from small_run import write_small_recipe
+
+from quadmix_plugin import Parameters, count_copies
+from quadmix_plugin.config import load_recipe
+from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.executors import DaskExecutor, InlineExecutor
+from quadmix_plugin.megatron import TokenFile, write_documents
+from quadmix_plugin.pipelines.context import Run, open_run
+from quadmix_plugin.pipelines.proxies import pool_prefixes, proxies, write_pool
+from quadmix_plugin.pipelines.run import run_steps, steps_until
+from quadmix_plugin.pipelines.search import search
+from quadmix_plugin.proxy.parts import part_path
+from quadmix_plugin.store import RunDirectory, Step
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("hellaswag", "mmlu")
+TOKENS, PER_STEP = 2_000, 64
+STEPS = -(-TOKENS // PER_STEP)
+MODEL = {
+    "batch_size": 2,
+    "learning_rate": 0.01,
+    "dtype": "float32",
+    "shape_options": {"layers": 1, "width": 16, "heads": 1, "ffn": 32, "context": 32},
+}
+HALVING = ("proxy.fidelity=successive_halving", "proxy.pilot=8", "proxy.curve_at=[0.6, 0.9]")
+FEW = ("proxy.number=8", "proxy.repeated=1")
+
+# A trainer that goes wrong on the selections of so many tokens, as often as their fault says: "raise 2".
+FAULTY = """
+import dataclasses, os, signal
+from pathlib import Path
+from quadmix_plugin.errors import InputError
+from quadmix_plugin.proxy.trainer import TorchTrainer
+
+@dataclasses.dataclass
+class Faulty(TorchTrainer):
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def train(self, pieces, *args, **kwargs):
+        how, times = self.faults.get(str(pieces.selected_tokens), "none 0").split()
+        calls = Path(os.environ["QUADMIX_TEST_CALLS"]) / str(pieces.selected_tokens)
+        with calls.open("a") as stream:
+            stream.write(".")
+        if calls.stat().st_size > int(times):
+            return super().train(pieces, *args, **kwargs)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "diverge":
+            return TorchTrainer.train(dataclasses.replace(self, learning_rate=1e30), pieces, *args, **kwargs)
+        raise {"raise": RuntimeError, "input": InputError, "interrupt": KeyboardInterrupt}[how]("no such luck")
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """Some 280 documents whose domains and scores are columns, so that no model is loaded to label them."""
+    path = write_small_recipe(folder)
+    corpus = pq.read_table(folder / "corpus.parquet")
+    corpus = corpus.take(list(range(0, corpus.num_rows, 4)))
+    texts = corpus["text"].to_pylist()
+    scores = {"characters": [len(text) for text in texts], "words": [len(text.split()) / len(text) for text in texts]}
+    for name, values in scores.items():
+        corpus = corpus.append_column(name, pa.array(values, pa.float64()))
+    pq.write_table(corpus, folder / "corpus.parquet")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content |= {
+        "corpus": {"path": "corpus.parquet", "id": "doc_id", "documents_per_shard": 100},
+        "domain": {"classifier": "column", "column": "true_domain"},
+        "scorers": {name: {"scorer": "column", "column": name} for name in scores},
+        "rank": {"merge_small_domains": 8_000},
+        "select": {},
+        "proxy": {"number": 24, "tokens": TOKENS, "repeats": 2, "repeated": 2, "options": MODEL},
+    }
+    content["validation"]["rows_per_task"] = 12
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose run directory ``out`` has labels and σ."""
+    path = write_recipe(tmp_path_factory.mktemp("labelled"))
+    with open_run(load_recipe(path), path.parent / "out") as run:
+        run_steps(run, steps_until("label"))
+    return path
+
+
+def trained(recipe: Path, out: Path, *overrides: str, **options) -> Step:
+    """The proxies of a recipe with labels, trained in ``out`` or what is missing there."""
+    if not out.exists():
+        shutil.copytree(recipe.parent / "out", out)
+    with open_run(load_recipe(recipe, list(overrides)), out, **options) as run:
+        proxies(run)
+        return run.step("proxies")
+
+
+@pytest.fixture(scope="module")
+def full(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Step:
+    return trained(labelled, tmp_path_factory.mktemp("full") / "out")
+
+
+@pytest.fixture(scope="module")
+def halved(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Step:
+    return trained(labelled, tmp_path_factory.mktemp("halved") / "out", *HALVING)
+
+
+def part(step: Step, number: int) -> dict:
+    return step.read_json(part_path(number))
+
+
+def rows(step: Step, kind: str = "draw") -> dict[int, dict]:
+    """Number → row of losses.parquet."""
+    table = step.read_table("proxies/losses.parquet").to_pylist()
+    return {row["proxy"]: row for row in table if row["kind"] == kind}
+
+
+def measured(row: dict) -> dict:
+    """What training and measuring gave, and on which data."""
+    return {key: value for key, value in row.items() if key not in ("proxy", "kind", "seconds", "attempts")}
+
+
+def columns(step: Step, name: str) -> list[dict]:
+    """The rows of a table without what the clock says."""
+    table = step.read_table(f"proxies/{name}.parquet")
+    return table.drop_columns([c for c in ("seconds",) if c in table.column_names]).to_pylist()
+
+
+def test_curves_hold_the_losses_at_the_shares_asked_and_those_of_the_end(full: Step) -> None:
+    curves = full.read_table("proxies/curves.parquet").to_pandas()
+    losses = full.read_table("proxies/losses.parquet").to_pandas().set_index("proxy")
+    assert set(curves["proxy"]) == set(losses.index) == set(range(26))
+    for number, curve in curves.groupby("proxy"):
+        known = curve[curve["loss_mmlu"].notna()]
+        assert known["share"].tolist() == [0.1, 0.25, 0.5, 1.0]
+        assert known["step"].tolist() == [3, 8, 16, STEPS]
+        assert (curve["tokens_seen"].diff().dropna() > 0).all()
+        assert (curve["tokens_seen"] == np.minimum(curve["step"] * PER_STEP, -(-TOKENS // 32) * 32)).all()
+        for column in ("loss_hellaswag", "loss_mmlu"):
+            assert known[column].iloc[-1] == losses.loc[number, column]
+            assert known[column].nunique() == 4
+
+
+def test_noise_is_that_of_several_thetas(full: Step) -> None:
+    drawn, again = rows(full), rows(full, "repeat")
+    assert sorted(again) == [24, 25]
+    found = full.read_json("proxies/noise.json")
+    for task in TASKS:
+        pairs = np.array([[drawn[i][f"loss_{task}"], again[24 + i][f"loss_{task}"]] for i in range(2)])
+        assert [again[24 + i]["selected_tokens"] for i in range(2)] == [drawn[i]["selected_tokens"] for i in range(2)]
+        assert (np.diff(pairs) != 0).all()  # another seed, other losses
+        assert (found[task]["thetas"], found[task]["repeats"]) == (2, 4)
+        assert found[task]["noise_sd"] == pytest.approx(np.sqrt(pairs.var(axis=1, ddof=1).mean()))
+        assert found[task]["theta_sd"] == pytest.approx(np.std([row[f"loss_{task}"] for row in drawn.values()], ddof=1))
+
+
+def test_agreement_is_told_of_every_task_and_share(full: Step) -> None:
+    curves = full.read_table("proxies/curves.parquet").to_pandas()
+    curves = curves[curves["proxy"] < 24].pivot(index="proxy", columns="share")
+    found = full.read_json("proxies/fidelity.json")
+    expected = {
+        task: {
+            str(share): pytest.approx(spearmanr(curves[f"loss_{task}"][share], curves[f"loss_{task}"][1.0])[0])
+            for share in (0.1, 0.25, 0.5)
+        }
+        for task in TASKS
+    }
+    assert found["agreement"] == expected
+    assert (found["proxies_in_full"], found["stopped"], found["trained_share"]) == (24, {}, 1.0)
+
+
+def test_stopped_proxies_have_a_share_and_kept_ones_the_losses_of_full_fidelity(full: Step, halved: Step) -> None:
+    whole = {n: measured(row) for n, row in (rows(full) | rows(full, "repeat")).items()}
+    rungs = {rung["share"]: rung for rung in halved.read_json("proxies/halving.json")["rungs"]}
+    stopped, kept = set(), set()
+    for n, row in (rows(halved) | rows(halved, "repeat")).items():
+        if row["share"] == 1.0:
+            assert measured(row) == whole[n]
+            kept.add(n)
+            continue
+        stopped.add(n)
+        assert row["tokens_seen"] == round(STEPS * row["share"]) * PER_STEP < whole[n]["tokens_seen"]
+        told = part(halved, n)
+        for task in TASKS:
+            line = rungs[row["share"]]["forecasts"][task]
+            expected = line["intercept"] + line["slope"] * told["losses"][task]
+            assert row[f"loss_{task}"] == pytest.approx(expected)
+            bits_per_nat = told["bits_per_byte"][task] / told["losses"][task]
+            assert row[f"bpb_{task}"] == pytest.approx(expected * bits_per_nat)
+            assert abs(row[f"loss_{task}"] - whole[n][f"loss_{task}"]) < 5 * line["error"]
+    assert {*range(8), 24, 25} <= kept
+    assert stopped
+    assert kept - {*range(8), 24, 25}
+
+
+def test_fidelity_says_what_halving_saved(halved: Step) -> None:
+    shares = [row["share"] for row in rows(halved).values()]
+    found = halved.read_json("proxies/fidelity.json")
+    counts = {str(share): shares.count(share) for share in sorted(set(shares) - {1.0})}
+    assert found["stopped"] == counts
+    assert found["proxies_in_full"] == shares.count(1.0) == 24 - sum(counts.values())
+    assert 0.6 < found["trained_share"] < 1
+    assert found["trained_share"] == pytest.approx(np.mean(shares))
+    assert set(found["forecast_errors"]) == set(found["agreement"]["mmlu"]) == {"0.6", "0.9"}
+    assert f"{sum(counts.values())} stopped early" in halved.summary()["headline"]
+
+
+def test_halving_goes_on_by_the_rule_that_it_began_with(labelled: Path, halved: Step, tmp_path: Path) -> None:
+    out = shutil.copytree(halved.root, tmp_path / "out")
+    rule, losses = out / "proxies" / "halving.json", columns(halved, "losses")
+    before = rule.stat().st_mtime_ns
+    for number in range(1, 26, 2):
+        (out / part_path(number)).unlink()
+    again = trained(labelled, out, *HALVING)
+    assert columns(again, "losses") == losses
+    assert columns(again, "curves") == columns(halved, "curves")
+    assert rule.stat().st_mtime_ns == before
+
+
+def test_parameters_are_searched_on_the_losses_that_stopped_proxies_are_expected_to_have(
+    labelled: Path, halved: Step, tmp_path: Path
+) -> None:
+    out = shutil.copytree(halved.root, tmp_path / "out")
+    with open_run(load_recipe(labelled, list(HALVING)), out) as run:
+        search(run)
+        found = run.step("search").read_table("search/predictions.parquet").to_pylist()
+        assert len(run.step("search").read_json("search/theta.json")["domains"]) == len(run.table.domains)
+    losses = rows(halved)
+    assert {(row["proxy"], row["task"], row["real"]) for row in found} == {
+        (n, task, row[f"loss_{task}"]) for n, row in losses.items() for task in TASKS
+    }
+    assert len(losses) == 24
+
+
+def test_another_objective_makes_proxies_stale_only_where_it_stops_them(
+    labelled: Path, full: Step, halved: Step
+) -> None:
+    other = "search.objective={mmlu: 1.0}"
+    with open_run(load_recipe(labelled, [other]), full.root) as run:
+        assert run.step("proxies").is_done
+    with (
+        pytest.raises(RecipeError, match=r"step 'proxies'.*search\.objective"),
+        open_run(load_recipe(labelled, [*HALVING, other]), halved.root),
+    ):
+        pass
+
+
+@pytest.fixture
+def faulty(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trains in ``out`` with a stranger's trainer that goes wrong on some proxies; gives the step and its calls."""
+    site, calls = tmp_path / "site", tmp_path / "calls"
+    info = site / "faulty_trainer-1.0.dist-info"
+    info.mkdir(parents=True)
+    calls.mkdir()
+    (site / "faulty_trainer.py").write_text(FAULTY, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-trainer\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[quadmix_plugin.trainers]\nfaulty = faulty_trainer:Faulty\n")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("QUADMIX_TEST_CALLS", str(calls))
+
+    def train(full: Step, faults: dict[int, str], **options):
+        sizes = [part(full, number)["selected_tokens"] for number in range(8)]
+        assert len(set(sizes)) == 8
+        given = {str(sizes[number]): fault for number, fault in faults.items()}
+        overrides = [*FEW, "proxy.trainer=faulty", f"proxy.options.faults={json.dumps(given)}"]
+        step = trained(labelled, tmp_path / "out", *overrides, **options)
+        return step, [(calls / str(size)).stat().st_size for size in sizes]
+
+    yield train
+    sys.modules.pop("faulty_trainer", None)
+
+
+def test_what_goes_wrong_once_is_tried_again_and_what_goes_wrong_twice_left_out(faulty, full: Step) -> None:
+    step, calls = faulty(full, {1: "diverge 1", 2: "raise 1", 3: "raise 99", 4: "diverge 99", 5: "input 99"})
+    assert calls == [2, 2, 2, 2, 2, 1, 1, 1]  # proxy 0 has a repeat, of another seed
+    attempts = [part(step, number)["attempts"] for number in range(9)]
+    assert attempts == [1, 2, 2, 2, 2, 1, 1, 1, 1]
+    reference, found = rows(full), rows(step)
+    assert sorted(found) == [0, 1, 2, 6, 7]
+    assert all(measured(found[n]) == measured(reference[n]) for n in found)
+    assert set(step.read_table("proxies/curves.parquet")["proxy"].to_pylist()) == {0, 1, 2, 6, 7, 8}
+    summary = step.summary()
+    assert sorted(summary["failures"]) == [part_path(n) for n in (3, 4, 5)]
+    assert summary["failures"][part_path(3)] == "RuntimeError: no such luck"
+    assert summary["failures"][part_path(4)].startswith("QuadmixError: training diverged at step")
+    assert summary["failures"][part_path(5)] == "no such luck"
+    assert "3 failed" in summary["headline"]
+    assert step.read_json("proxies/fidelity.json")["retried"] == 2
+
+
+def test_a_proxy_that_kills_its_worker_costs_no_other(faulty, full: Step) -> None:
+    step, calls = faulty(full, {2: "kill 99", 5: "kill 1"}, make_executor=lambda: DaskExecutor(n_workers=2))
+    assert calls == [2, 1, 2, 1, 1, 2, 1, 1]
+    assert [part(step, number)["attempts"] for number in range(9)] == [1, 1, 2, 1, 1, 2, 1, 1, 1]
+    reference, found = rows(full), rows(step)
+    assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
+    assert all(measured(found[n]) == measured(reference[n]) for n in found)
+    assert list(step.summary()["failures"]) == [part_path(2)]
+    assert "worker process was lost 2 times" in step.summary()["failures"][part_path(2)]
+
+
+def test_what_an_interrupted_session_had_begun_is_no_attempt(faulty, full: Step) -> None:
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            faulty(full, {1: "interrupt 3"})
+    step, calls = faulty(full, {1: "interrupt 3"})
+    assert calls[1] == 4
+    assert part(step, 1)["attempts"] == 1
+    assert measured(rows(step)[1]) == measured(rows(full)[1])
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_epochs_are_those_of_the_final_run(labelled: Path, full: Step, tmp_path: Path, budget: bool) -> None:
+    final, target = 3 * TOKENS, None
+    overrides = [*FEW, "proxy.match_epochs=true", f"pretrain.tokens={final}"]
+    if budget:  # which half of the proxies reach only if they keep everything
+        target = int(np.median([part(full, number)["selected_tokens"] for number in range(8)])) * final // TOKENS
+        overrides.append(f"select.target_tokens={target}")
+    step = trained(labelled, tmp_path / "out", *overrides)
+    vectors = step.read_table("proxies/thetas.parquet")["theta"].to_pylist()
+    with open_run(load_recipe(labelled, overrides), tmp_path / "out") as run:
+        table, normalised, seed = run.table, run.normalised, run.recipe.seed
+    shares = set()
+    for number in range(8):
+        theta = Parameters.from_vector(vectors[number], 2, table.domains, table.scorers)
+        drawn = count_copies(normalised, table.domain_ids, table.tokens, table.doc_ids, theta, seed)
+        selected, ends = int((drawn * table.tokens).sum()), int(drawn.sum())
+        share = min(1.0, TOKENS / (final / (target or selected)) / selected)
+        found = part(step, number)
+        tokens = (drawn * (table.tokens + 1)).astype(float)
+        luck = 4.5 * np.sqrt(share * (1 - share) * (tokens**2).sum())
+        assert abs(found["selected_tokens"] - share * (selected + ends)) <= luck
+        assert found["epochs"] == found["tokens_seen"] / found["selected_tokens"]
+        if share == 1.0:
+            assert measured(rows(step)[number]) == measured(rows(full)[number])
+        shares.add(share < 1)
+    assert shares == ({True, False} if budget else {True})
+
+
+def test_matched_epochs_need_the_whole_pool(labelled: Path) -> None:
+    with pytest.raises(RecipeError, match=r"match_epochs needs all documents.*set pool: whole"):
+        load_recipe(labelled, ["proxy.match_epochs=true", "proxy.pool=thinned"])
+
+
+def nothing_trained(out: Path) -> bool:
+    return not (out / "proxies" / "parts").exists()
+
+
+def test_a_pool_smaller_than_a_batch_is_refused_before_training(labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the pool has [0-9,]+ tokens, a batch 320,000; .*lower batch_size"):
+        trained(labelled, tmp_path / "out", "proxy.options.batch_size=10000")
+    assert nothing_trained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("content", "reason"), [("", "none.jsonl: empty file"), ("\n\n", "validation: no rows")])
+def test_no_validation_rows_are_refused_before_training(
+    labelled: Path, tmp_path: Path, content: str, reason: str
+) -> None:
+    (labelled.parent / "none.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=reason):
+        trained(labelled, tmp_path / "out", "validation.path=none.jsonl")
+    assert nothing_trained(tmp_path / "out")
+
+
+def test_a_pool_of_another_tokenizer_is_refused_and_a_truncated_one_written_anew(
+    labelled: Path, full: Step, tmp_path: Path
+) -> None:
+    out = shutil.copytree(labelled.parent / "out", tmp_path / "out")
+    with open_run(load_recipe(labelled, list(FEW)), out) as run:
+        write_pool(run, run.step("proxies"))
+        prefix = Path(pool_prefixes(run)[1])
+    pair, file = (prefix.with_suffix(".bin"), prefix.with_suffix(".idx")), TokenFile.open(prefix)
+    whole = pair[0].read_bytes()
+    documents = [file.document(i).astype(np.int64) + 4_000 for i in range(file.n_documents)]
+    write_documents(documents, *pair, 60_000)
+    with pytest.raises(InputError, match=rf"{prefix.name}\.bin: ids from [0-9]+ to [0-9]+, the vocabulary has 4096"):
+        trained(labelled, out, *FEW)
+    assert nothing_trained(out)
+    pair[0].write_bytes(whole[:-2])
+    assert columns(trained(labelled, out, *FEW), "losses")[0] == columns(full, "losses")[0]
+    assert pair[0].read_bytes() == whole
+
+
+@pytest.mark.xfail(strict=True, reason="_require_pool looks for text in every token file by itself", raises=InputError)
+def test_a_shard_of_one_short_document_is_no_fault_of_the_pool(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    corpus = pq.read_table(tmp_path / "corpus.parquet").slice(0, 101)
+    texts = [*corpus["text"].to_pylist()[:-1], "Hi."]
+    pq.write_table(corpus.set_column(corpus.column_names.index("text"), "text", [texts]), tmp_path / "corpus.parquet")
+    with open_run(load_recipe(path, list(FEW)), tmp_path / "out") as run:
+        run_steps(run, steps_until("label"))
+        proxies(run)
+        assert [TokenFile.open(prefix).n_documents for prefix in pool_prefixes(run)] == [100, 1]
+
+
+@pytest.mark.xfail(strict=True, reason="repeats draw from stream 0, whichever θ they repeat", raises=AssertionError)
+def test_repeats_have_the_documents_of_their_theta_under_independent_draws(labelled: Path, tmp_path: Path) -> None:
+    step = trained(labelled, tmp_path / "out", "proxy.number=8", "proxy.repeated=4", "proxy.draws=independent")
+    for i, again in enumerate(part(step, 8 + theta) for theta in range(4)):
+        drawn = part(step, i)
+        assert (again["domain_tokens"], again["unique_tokens"]) == (drawn["domain_tokens"], drawn["unique_tokens"])
+        assert again["losses"] != drawn["losses"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_it_ends_with_the_same_losses(tmp_path: Path) -> None:
+    """SIGKILL for the command alone, on one process and on Dask in turn: workers must end by themselves."""
+    path = write_recipe(tmp_path)
+    command = [sys.executable, "-m", "quadmix_plugin.cli", "run", str(path), "--until", "proxies", "--json"]
+    command += ["--set", "proxy.number=48", "--set", "proxy.tokens=12000", "--set", "executor.workers=2"]
+    started = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole"), "--executor", "inline"], check=True, timeout=900)
+    whole = time.monotonic() - started
+    hits, out = 0, tmp_path / "out"
+    for i, share in enumerate(np.random.default_rng(7).uniform(0.05, 0.2, 20)):
+        executor = ("inline", "dask")[i % 2]
+        with subprocess.Popen(
+            [*command, "--out", str(out), "--executor", executor], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                errors = process.communicate(timeout=float(share) * whole * (1 + i % 2))[
+                    1
+                ]  # workers take time to start
+                assert process.returncode == 0, errors
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                hits += 1
+    logger.info("%d kills in the middle of a run of %.0f s", hits, whole)
+    assert hits >= 10
+    subprocess.run([*command, "--out", str(out), "--executor", "inline"], check=True, timeout=900)
+    steps = [
+        Run(load_recipe(out / "recipe.yaml"), RunDirectory(each), InlineExecutor).step("proxies")
+        for each in (tmp_path / "whole", out)
+    ]
+    for name in ("losses", "curves"):
+        assert columns(steps[1], name) == columns(steps[0], name)
+    assert RunDirectory(out).verify()[1] == []
+    assert [each for each in out.rglob("*") if each.name.endswith(".tmp") or each.name == ".attempts"] == []
