@@ -5,6 +5,7 @@ Each gives a function of (batch, learning rate) that takes one update and return
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def full_logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All logits at once, as a plain loop has them; float32 where the products are not."""
-    return functional.cross_entropy((states @ weight.to(states.dtype).t()).float(), targets)
+    """All logits at once, as a plain loop has them; on a GPU bfloat16 by autocast, and their loss float32."""
+    with torch.autocast(states.device.type, torch.bfloat16, enabled=states.is_cuda):
+        return functional.cross_entropy(functional.linear(states, weight), targets)
 
 
 def liger_loss() -> Loss:
@@ -56,14 +58,14 @@ def decoder_step(
     loss: Loss = full_logits,
     hidden: Callable[[Tensor], Tensor] | None = None,
     pieces: int = 1 << 30,
-    **adamw: bool,
+    fused: bool | None = None,
 ) -> Step:
     """A loop in plain PyTorch, with ``hidden`` in the place of ``model.hidden``; on a GPU in bfloat16 by autocast.
 
-    ``pieces`` per pass; ``adamw``: options of the optimizer beside its defaults.
+    ``pieces`` per pass; ``fused`` None leaves AdamW as torch gives it.
     """
     states, device = hidden or model.hidden, model.lm_head.weight.device
-    optimizer = _adamw(model.parameters(), options, **adamw)
+    optimizer = _adamw(model.parameters(), options, fused=fused)
 
     def step(batch: Tensor, learning_rate: float) -> Tensor:
         total = torch.zeros((), device=device)
@@ -80,28 +82,35 @@ def decoder_step(
     return step
 
 
-def graphed_step(model: Decoder, options: Trainer, loss: Loss, hidden: Callable[[Tensor], Tensor]) -> Step:
+def graphed_step(
+    model: Decoder, options: Trainer, loss: Loss, hidden: Callable[[Tensor], Tensor], pieces: int = 1 << 30
+) -> Step:
     """A whole update, optimizer included, as one CUDA graph; the first call captures it for its size of batch.
 
-    Capturing needs updates to warm up; weights and optimizer are put back afterwards.
+    Capturing needs updates to warm up; weights and optimizer are put back afterwards. On a CPU there is no graph.
     """
-    rate = torch.tensor(options.learning_rate, device="cuda")
-    optimizer = _adamw(model.parameters(), options, lr=rate, capturable=True, fused=True)
+    device = model.lm_head.weight.device
+    is_gpu = device.type == "cuda"
+    rate = torch.tensor(options.learning_rate, device=device)
+    optimizer = _adamw(model.parameters(), options, lr=rate, capturable=is_gpu, fused=True)
     held: dict[str, Tensor] = {}
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph() if is_gpu else None
 
     def update() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            found = hidden(held["batch"][:, :-1]).flatten(0, 1)
-        here = loss(found, model.lm_head.weight, held["batch"][:, 1:].reshape(-1))
-        here.backward()
+        total = torch.zeros((), device=device)
+        for part in held["batch"].split(pieces):
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_gpu):
+                found = hidden(part[:, :-1]).flatten(0, 1)
+            share = part.shape[0] / held["batch"].shape[0]
+            here = loss(found, model.lm_head.weight, part[:, 1:].reshape(-1)) * share
+            here.backward()
+            total += here.detach()
         clip_grad_norm_(model.parameters(), options.grad_clip)
         optimizer.step()
-        return here.detach()
+        return total
 
-    def capture(batch: Tensor) -> None:
-        held["batch"] = batch.clone()
+    def capture(graph: torch.cuda.CUDAGraph) -> None:
         before = [weight.detach().clone() for weight in model.parameters()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -119,8 +128,12 @@ def graphed_step(model: Decoder, options: Trainer, loss: Loss, hidden: Callable[
 
     def step(batch: Tensor, learning_rate: float) -> Tensor:
         rate.fill_(learning_rate)
+        if graph is None:
+            held["batch"] = batch
+            return update()
         if not held:
-            capture(batch)
+            held["batch"] = batch.clone()
+            capture(graph)
         held["batch"].copy_(batch)
         graph.replay()
         return held["loss"].clone()
@@ -208,8 +221,7 @@ def stacked_step(
     """An update of all K models on batches [K, b, context + 1]: losses [K]; gradients are clipped for each alone."""
     weights = list(models.stacks.values())
     device, head = weights[0].device, models.stacks["lm_head/weight"]
-    decayed = [weight for weight in weights if weight.ndim > 2]
-    optimizer = _adamw([], options, decayed, [weight for weight in weights if weight.ndim == 2], fused=True)
+    optimizer = _adamw(weights, options, vector=2, fused=True)
     states = hidden or models.hidden
 
     def step(batches: Tensor, learning_rate: float) -> Tensor:
@@ -235,20 +247,14 @@ def _clip_each(weights: list[nn.Parameter], largest: float) -> None:
         gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def _adamw(
-    weights: Iterable[nn.Parameter],
-    options: Trainer,
-    decayed: Iterable[nn.Parameter] = (),
-    others: Iterable[nn.Parameter] = (),
-    **adamw: bool | Tensor,
-) -> torch.optim.AdamW:
-    """Matrices decay; with ``decayed`` and ``others``, those in the place of what the sizes say."""
+def _adamw(weights: Iterable[nn.Parameter], options: Trainer, vector: int = 1, **adamw: Any) -> torch.optim.AdamW:
+    """Over matrices, which decay, and vectors, which have ``vector`` dimensions; ``adamw``: beside its defaults."""
     given = list(weights)
     groups = [
-        {"params": [*decayed, *(w for w in given if w.ndim > 1)], "weight_decay": options.weight_decay},
-        {"params": [*others, *(w for w in given if w.ndim == 1)], "weight_decay": 0.0},
+        {"params": [weight for weight in given if weight.ndim > vector], "weight_decay": options.weight_decay},
+        {"params": [weight for weight in given if weight.ndim == vector], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, **{"lr": options.learning_rate, "betas": options.betas, **adamw})  # type: ignore[arg-type]
+    return torch.optim.AdamW(groups, **{"lr": options.learning_rate, "betas": options.betas, **adamw})
 
 
 def _update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:

@@ -66,6 +66,8 @@ class Run:
     directory: RunDirectory
     make_executor: Callable[[], BaseExecutor]
     progress: Progress = field(default=_silent)
+    n_workers: int | None = None
+    """Of a local Dask cluster; None is the default."""
 
     @cached_property
     def executor(self) -> BaseExecutor:
@@ -74,6 +76,20 @@ class Run:
         if hasattr(executor, "on_progress"):
             executor.on_progress = self.progress  # type: ignore[attr-defined]
         return executor
+
+    @contextmanager
+    def workers(self, number: int | None) -> Iterator[None]:
+        """A local Dask cluster of so many workers for the time being, where the recipe does not say how many."""
+        if number is None or self.n_workers == number:
+            yield
+            return
+        self.close()
+        self.n_workers = number
+        try:
+            yield
+        finally:
+            self.close()
+            self.n_workers = None
 
     @contextmanager
     def watched_by(self, progress: Progress) -> Iterator[BaseExecutor]:
@@ -114,6 +130,7 @@ class Run:
         content["invalid_scores"] = content["normalise"]["invalid_scores"]
         content["small_domains"] = content["rank"].pop("merge_small_domains")
         content["proxy_context"] = _proxy_context(self.recipe)
+        del content["proxy"]["per_gpu"]  # how, not what
         content["ranks"] = {key: value for key, value in content["rank"].items() if key != "frozen"}
         corpus = {k: v for k, v in content["corpus"].items() if k != "path"}
         files = [(file.name, file.bytes, file.version) for file in self.corpus_files]
@@ -210,7 +227,7 @@ def open_run(
     with directory.lock():
         if swept := directory.sweep():
             logger.info("removed %d unfinished files of an interrupted run", swept)
-        run = Run(recipe, directory, make_executor or (lambda: executor_of(recipe)))
+        run = Run(recipe, directory, make_executor or (lambda: executor_of(recipe, run.n_workers)))
         if progress is not None:
             run.progress = progress
         refuse_other_recipe(run)
@@ -222,17 +239,21 @@ def open_run(
             run.close()
 
 
-def executor_of(recipe: Recipe) -> BaseExecutor:
-    """The executor that the recipe names."""
+def executor_of(recipe: Recipe, n_workers: int | None = None) -> BaseExecutor:
+    """The executor that the recipe names; ``n_workers`` of a local cluster where the recipe does not say."""
     from quadmix_plugin.executors import make_executor
 
     section = recipe.executor
     options: dict[str, Any] = {}
     if section.name == "dask":
-        options = {"n_workers": section.workers, "address": section.address, "memory_limit": section.memory_limit}
+        options = {
+            "n_workers": section.workers or n_workers,
+            "address": section.address,
+            "memory_limit": section.memory_limit,
+        }
         if section.address is None and choose_device(section.device).startswith("cuda"):
             # Workers that share one GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
-            options |= {"n_workers": section.workers or recipe.proxy.per_gpu, "worker_resources": {"GPU": 1}}
+            options |= {"n_workers": section.workers or n_workers or 1, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
 
 

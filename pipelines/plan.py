@@ -128,17 +128,18 @@ def _seconds_of_a_proxy(run: Run, options: dict[str, Any], on_gpu: bool) -> tupl
     """Seconds of one proxy on one GPU, or core-seconds; and how they are known."""
     settings, step = run.recipe.proxy, run.step("proxies")
     made = [entry.path for entry in step.entries() if entry.path.startswith(PARTS)]
-    seconds = [part["seconds"] for path in made if "failure" not in (part := step.read_json(path))]
-    if seconds:
-        return float(np.median(seconds)), f"median of {len(seconds)} that are trained"
+    seconds = [part["seconds"] for path in made if (part := step.read_json(path)).get("share") == 1.0]
     made_as_given = registry.create("trainers", settings.trainer, options, "proxy.options")
+    scale = 1 / settings.per_gpu if on_gpu else getattr(made_as_given, "threads", 1)
+    if seconds:
+        return float(np.median(seconds)) * scale, f"median of {len(seconds)} that are trained"
     given = {**options, "batch_size": made_as_given.batch_size} if hasattr(made_as_given, "batch_size") else options
     tried = trial_options(given, made_as_given.context, on_gpu)
     trainer = registry.create("trainers", settings.trainer, tried, "proxy.options")
     sets = validation_sets(tokenised_rows(run, trainer.context), "search")
     found = measure(trainer, sets, _vocabulary(run.recipe))
-    seconds_each = found.seconds(settings.tokens, len(settings.curve_at) + 1) * getattr(trainer, "threads", 1)
-    return seconds_each, f"measured: {found.tokens_per_second:,.0f} tokens/s for one model"
+    each = found.seconds(settings.tokens, len(settings.curve_at) + 1)
+    return each * (1 if on_gpu else scale), f"measured: {found.tokens_per_second:,.0f} tokens/s for one model alone"
 
 
 def _flops_per_token(recipe: Recipe, section: str) -> float:

@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from quadmix_plugin.pipelines.proxy_trust import (
 )
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import merge_parts, part_path
+from quadmix_plugin.proxy.parts import PARTS, merge_parts, part_path, to_do
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxyTable
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 POOL, THINNING = "proxies/pool", "proxies/thinning.json"
 _SPARE = 1.05  # of the tokens of the smallest selection over those of a proxy, for the luck of the draw
-_LOOKED_AT = 1 << 18  # ids of each token file
+_LOOKED_AT = 1 << 20  # ids of the pool, from the beginnings of its files
 
 
 def proxies(run: Run) -> None:
@@ -94,8 +95,8 @@ def _train_all(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> H
         numbers = np.array(thetas["proxy"].to_pylist())
         first = (np.array(thetas["kind"].to_pylist()) == REPEAT) | (numbers < settings.pilots)
         _train(run, step, train, thetas.filter(pa.array(first)))
-        content = halving_rule(run, step, numbers[: settings.pilots].tolist())
-        train, rule = replace(train, halving=content), HalvingRule.from_dict(content)
+        rule = halving_rule(run, step, numbers[: settings.pilots].tolist())
+        train = replace(train, halving=rule.to_dict() if rule else None)
     _train(run, step, train, thetas)
     attempts.clear()
     return rule
@@ -103,56 +104,88 @@ def _train_all(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> H
 
 def _train(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> None:
     numbers = thetas["proxy"].to_pylist()
-    todo = thetas.filter(pa.array([step.entry(part_path(n)) is None for n in numbers]))
+    todo = thetas.filter(pa.array([to_do(step, part_path(n)) for n in numbers]))
     if todo.num_rows:
-        best = BestSoFar(run, step, numbers)
-        with run.watched_by(best) as executor:
+        best = LowestLoss(run, step, numbers)
+        with run.workers(_workers(run, train)), run.watched_by(best) as executor:
             Pipeline("proxies", stages=[train]).run(executor, initial_tasks=list(proxy_tasks(todo)))
 
 
-class BestSoFar:
-    """Progress of the training with the lowest objective until now; each ended proxy is read once."""
+def _workers(run: Run, train: TrainProxies) -> int | None:
+    """Worker processes of a local cluster: as many as share a GPU, or as have cores; None where the default serves."""
+    if train.resources.gpus:
+        return run.recipe.proxy.per_gpu if run.recipe.proxy.per_gpu > 1 else None
+    from dask.system import CPU_COUNT  # those that this process may use
+
+    return max(CPU_COUNT // int(train.resources.cpus), 1) if train.resources.cpus > 1 else None
+
+
+class LowestLoss:
+    """Progress of the training with the lowest mean loss until now; each ended proxy is read once."""
 
     def __init__(self, run: Run, step: Step, numbers: list[int]):
-        self._run, self._step, self._open = run, step, set(numbers)
-        self._best: tuple[float, int] | None = None
+        self._run, self._step = run, step
+        self._open = {Path(part_path(number)).name: number for number in numbers}
+        self._lowest: tuple[float, int] | None = None
 
     def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
-        """Passes progress on, with the best proxy."""
-        for number in [n for n in self._open if self._step.entry(part_path(n)) is not None]:
-            self._open.discard(number)
-            part = self._step.read_json(part_path(number))
-            if part.get("share") == 1.0:
-                losses, weights = part["losses"], self._run.recipe.search.objective or dict.fromkeys(part["losses"], 1)
-                value = sum(weights.get(t, 0) * loss for t, loss in losses.items()) / sum(weights.values())
-                self._best = min(self._best or (value, number), (value, number))
-        said = f"best {self._best[0]:.3f} (proxy {self._best[1]})" if self._best else note
+        """Passes progress on, with the proxy of the lowest loss, the tasks weighed as in the objective."""
+        written = {path.name for path in (self._step.root / PARTS).glob("*.json")}
+        for name in written & self._open.keys():
+            if self._step.entry(PARTS + name) is not None:
+                self._read(self._open.pop(name))
+        said = f"lowest loss {self._lowest[0]:.3f} (proxy {self._lowest[1]})" if self._lowest else note
         self._run.progress(stage, done, total, said)
+
+    def _read(self, number: int) -> None:
+        part = self._step.read_json(part_path(number))
+        if part.get("share") != 1.0:
+            return
+        losses, weights = part["losses"], self._run.recipe.search.objective or dict.fromkeys(part["losses"], 1)
+        value = sum(weights.get(task, 0) * loss for task, loss in losses.items()) / sum(weights.values())
+        self._lowest = min(self._lowest or (value, number), (value, number))
 
 
 def _require_pool(run: Run, prefixes: list[str], vocabulary: int) -> None:
     """Looks at the token files before any proxy is trained.
 
     Raises:
-        InputError: a truncated file, ids of another vocabulary, or fewer tokens than one batch.
+        InputError: a truncated file, ids of another vocabulary, no text, or fewer tokens than one batch.
     """
     pool = TokenPool.open(prefixes)
-    for prefix, file in zip(prefixes, pool.files, strict=True):
-        check_tokens(file.tokens[:_LOOKED_AT], vocabulary, f"{prefix}.bin")
-    settings = run.recipe.proxy
+    each = _LOOKED_AT // len(pool.files)
+    beginnings = [np.array(file.tokens[: max(each, 1)]) for file in pool.files]
+    settings, tokens = run.recipe.proxy, int(pool.lengths.sum())
     trainer = registry.create("trainers", settings.trainer, settings.options, "proxy.options")
-    batch, tokens = getattr(trainer, "batch_size", 1) * trainer.context, int(pool.lengths.sum())
+    batch = getattr(trainer, "batch_size", 1) * trainer.context
     if tokens <= batch:
         raise InputError(
             f"{run.directory.root}: the pool has {tokens:,} tokens, a batch {batch:,}; give a larger corpus, or lower "
             f"batch_size or context under proxy.options"
         )
+    for prefix, ids in zip(prefixes, beginnings, strict=True):
+        if ids.size and int(ids.max()) >= vocabulary:
+            raise InputError(
+                f"{prefix}.bin: an id of {int(ids.max())}, the vocabulary has {vocabulary}; use the tokenizer that "
+                f"wrote it"
+            )
+    check_tokens(np.concatenate(beginnings), vocabulary, f"{run.directory.root / POOL}")
 
 
 def _matched(run: Run) -> MatchedEpochs | None:
     recipe = run.recipe
     if not recipe.proxy.match_epochs:
         return None
+    selected = recipe.select.target_tokens or int(run.table.tokens.sum())
+    most = recipe.proxy.tokens * selected / recipe.pretrain.tokens
+    trainer = registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, "proxy.options")
+    batch = getattr(trainer, "batch_size", 1) * trainer.context
+    if most < batch:
+        raise InputError(
+            f"proxy.match_epochs: a proxy of {recipe.proxy.tokens:,} tokens at the repetition of a final run of "
+            f"{recipe.pretrain.tokens:,} keeps {most:,.0f} tokens at most, fewer than a batch of {batch:,}; raise "
+            f"proxy.tokens, lower pretrain.tokens, or leave match_epochs out"
+        )
     return MatchedEpochs(
         recipe.proxy.tokens, recipe.pretrain.tokens, recipe.select.target_tokens, run.seed_for("matched epochs")
     )
@@ -173,8 +206,8 @@ def write_validation(run: Run, step: Step) -> tuple[int, int]:
         table = tokenised_rows(run, context)
         if cut := sum(table["truncated"].to_pylist()):
             logger.warning(
-                "validation: %d of %d rows are longer than the context of %d tokens and lose the beginning of their "
-                "prompt", cut, table.num_rows, context,
+                "validation: %d of %d rows are longer than the context of %d tokens and are cut, the beginning of the "
+                "prompt first", cut, table.num_rows, context,
             )  # fmt: skip
         step.write_table(f"{step.name}/validation.parquet", table)
     return vocabulary_of(tokenizer), eod
@@ -256,6 +289,7 @@ def _thetas(run: Run) -> pa.Table:
             "proxy": pa.array(range(len(seeds)), pa.int32()),
             "kind": [DRAW] * drawn + [REPEAT] * len(again),
             "seed": pa.array(seeds, pa.int64()),
+            "stream": pa.array([*range(drawn), *(theta for theta, _ in again)], pa.int64()),
             "theta": pa.array(list(vectors) + [vectors[theta] for theta, _ in again], pa.list_(pa.float64())),
         }
     )
@@ -267,7 +301,7 @@ def _finish(run: Run, step: Step, thetas: pa.Table, rule: HalvingRule | None, st
     losses, curves, failures = merge_parts(step, paths, ["proxy"], lambda part: final_part(part, rule))
     step.write_table("proxies/losses.parquet", losses)
     step.write_table("proxies/curves.parquet", curves)
-    noises = noise_report(thetas, losses)
+    noises = noise_report(thetas, losses, run.recipe.proxy.pilots if rule else None)
     step.write_json("proxies/noise.json", noises)
     fidelity = fidelity_report(run, step, numbers, rule)
     step.write_json("proxies/fidelity.json", fidelity)

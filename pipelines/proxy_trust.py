@@ -1,5 +1,6 @@
 """How far the proxies' losses can be trusted: noise of seeds, ranks before the end, and proxies stopped early."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -13,29 +14,31 @@ from quadmix_plugin.proxy.parts import LOSS_PREFIX, part_path
 from quadmix_plugin.search.evaluation import noise
 from quadmix_plugin.store import Step
 
+logger = logging.getLogger(__name__)
+
 DRAW, REPEAT = "draw", "repeat"
 
 _HALVING = "proxies/halving.json"
 
 
-def halving_rule(run: Run, step: Step, pilot: list[int]) -> dict[str, Any]:
+def halving_rule(run: Run, step: Step, pilot: list[int]) -> HalvingRule | None:
     """The rule that the proxies ``pilot``, all ended, give; kept as an artifact so that a resumed run has the same.
 
-    Raises:
-        InputError: too few of them could be trained.
+    None, with a warning, where too few of them could be trained to give one: nothing is stopped then.
     """
     if step.entry(_HALVING) is None:
         parts = [part for n in pilot if "failure" not in (part := step.read_json(part_path(n)))]
         at, final = _losses_at(parts, run.recipe.proxy.curve_at)
         try:
-            rule = HalvingRule.fit(at, final, _weights(run, final))
+            content = HalvingRule.fit(at, final, _weights(run, final)).to_dict()
         except InputError as error:
-            raise InputError(
-                f"proxy.fidelity: of {len(pilot)} pilot proxies {len(parts)} could be trained: {error}; raise "
-                f"proxy.pilot, or set fidelity: full"
-            ) from error
-        step.write_json(_HALVING, rule.to_dict())
-    return step.read_json(_HALVING)
+            content = {"refused": f"{len(parts)} of {len(pilot)} pilot proxies could be trained: {error}"}
+        step.write_json(_HALVING, content)
+    content = step.read_json(_HALVING)
+    if "refused" in content:
+        logger.warning("successive halving stops nothing: %s", content["refused"])
+        return None
+    return HalvingRule.from_dict(content)
 
 
 def final_part(part: dict[str, Any], rule: HalvingRule | None) -> dict[str, Any]:
@@ -47,8 +50,11 @@ def final_part(part: dict[str, Any], rule: HalvingRule | None) -> dict[str, Any]
     return {**part, "losses": losses, "bits_per_byte": bits}
 
 
-def noise_report(thetas: pa.Table, losses: pa.Table) -> dict[str, Any]:
-    """Noise per task from the θ trained under several seeds; empty where none of them could be trained."""
+def noise_report(thetas: pa.Table, losses: pa.Table, pilots: int | None = None) -> dict[str, Any]:
+    """Noise per task from the θ trained under several seeds; empty where none of them could be trained.
+
+    ``pilots``: under successive halving the number of the first proxies, which alone stand for all θ.
+    """
     identity = {n: str(theta) for n, theta in zip(*(thetas[c].to_pylist() for c in ("proxy", "theta")), strict=True)}
     kinds = np.array(losses["kind"].to_pylist())
     which = np.array([identity[n] for n in losses["proxy"].to_pylist()])
@@ -58,7 +64,7 @@ def noise_report(thetas: pa.Table, losses: pa.Table) -> dict[str, Any]:
     for name in (name for name in losses.column_names if name.startswith(LOSS_PREFIX)):
         task, values = name.removeprefix(LOSS_PREFIX), losses[name].to_numpy()
         groups = [values[(which == theta) & whole] for theta in repeated]
-        across = values[(kinds == DRAW) & whole]
+        across = values[(kinds == DRAW) & whole & (np.array(losses["proxy"]) < (pilots or np.inf))]
         if across.size > 1 and any(group.size > 1 for group in groups):
             report[task] = noise(groups, across, task).to_dict()
     return report
@@ -68,7 +74,8 @@ def fidelity_report(run: Run, step: Step, numbers: list[int], rule: HalvingRule 
     """Rank agreement before the end, what stopping saved, and how many models learnt nothing from context."""
     parts = [part for n in numbers if "failure" not in (part := step.read_json(part_path(n)))]
     drawn = [part for part in parts if part["kind"] == DRAW]
-    at, final = _losses_at([part for part in drawn if part["share"] == 1.0], run.recipe.proxy.curve_at)
+    fair = drawn if rule is None else [part for part in drawn if part["proxy"] < run.recipe.proxy.pilots]
+    at, final = _losses_at(fair, run.recipe.proxy.curve_at)
     stopped = [part for part in drawn if part["share"] < 1.0]
     return {
         "agreement": {
@@ -78,6 +85,7 @@ def fidelity_report(run: Run, step: Step, numbers: list[int], rule: HalvingRule 
         "proxies_in_full": len(drawn) - len(stopped),
         "stopped": {str(s): sum(p["share"] == s for p in stopped) for s in sorted({p["share"] for p in stopped})},
         "trained_share": float(np.mean([part["share"] for part in drawn])) if drawn else 1.0,
+        "expected_share": rule.expected_cost if rule else 1.0,
         "forecast_errors": _forecast_errors(rule),
         "not_learnt": sum(part["learnt"] is False for part in parts),
         "retried": sum(part["attempts"] > 1 for part in parts),

@@ -314,6 +314,8 @@ def _progress(as_json: bool) -> Iterator["Progress | None"]:
         def update(stage: str, done: int, total: int | None, /, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(escape(stage), total=total, note="")
+            if done < bars.tasks[tasks[stage]].completed:  # the same stage again, with other work
+                bars.reset(tasks[stage], total=total)
             bars.update(tasks[stage], completed=done, total=total, note=escape(note))
 
         yield update
@@ -324,12 +326,16 @@ class _Lines:
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, int] = {}
         self._last: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
         ended = total is not None and done >= total
         now = time.monotonic()
-        self._begun.setdefault(stage, (now, done))
+        begun = self._begun.setdefault(stage, (now, done))
+        if done < begun[1] or done < self._done.get(stage, 0):  # the same stage again, with other work
+            self._begun[stage] = (now, done)
+        self._done[stage] = done
         if ended or now - self._last.setdefault(stage, now) > _SECONDS_BETWEEN_LINES:
             self._last[stage] = now
             of = "" if total is None or ended else f" of {total}"

@@ -170,16 +170,13 @@ class Proxy(Section):
         if self.fidelity == "successive_halving" and not self.curve_at:
             raise ValueError("successive_halving stops proxies at the shares of curve_at; give at least one")
         if self.fidelity == "successive_halving" and self.pilots >= self.number:
-            raise ValueError(
-                f"successive_halving trains {self.pilots} of {self.number} proxies in full first; lower pilot, or set "
-                f"fidelity: full"
-            )
+            raise ValueError(f"successive_halving trains {self.pilots} of {self.number} in full first; lower pilot")
         return self
 
     @property
     def pilots(self) -> int:
         """Proxies trained in full before any is stopped."""
-        return self.pilot or max(self.number // 4, 16)
+        return max(self.pilot or max(self.number // 4, 16), self.repeated)
 
 
 class Search(Section):

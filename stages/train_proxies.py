@@ -6,6 +6,7 @@ recorded with its reason and left out of the fit.
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -22,7 +23,7 @@ from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import flat_row, measured, part_path
+from quadmix_plugin.proxy.parts import flat_row, measured, part_path, to_do
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxySelection, ProxyTable
@@ -36,7 +37,9 @@ _TRIES = 2
 
 @dataclass
 class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Trains one proxy per row of ``proxy``, ``kind``, ``seed``, ``theta`` and writes ``proxies/parts/<proxy>.json``.
+    """Trains one proxy per row of work and writes ``proxies/parts/<proxy>.json``.
+
+    A row has ``proxy``, ``kind`` (``draw`` or ``repeat``), ``seed``, ``stream`` (of independent draws) and ``theta``.
 
     All proxies share the draw of copies, unless ``draws`` says otherwise, and the initial weights (``weights_seed``);
     the row's seed orders the data. Passes on one row per proxy with its losses.
@@ -86,7 +89,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def inputs(self) -> tuple[list[str], list[str]]:
         """The work: which θ, and the seed of the order of its data."""
-        return ["data"], ["proxy", "kind", "seed", "theta"]
+        return ["data"], ["proxy", "kind", "seed", "stream", "theta"]
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """The proxy's number; ``loss_<task>`` and facts beside it."""
@@ -95,6 +98,10 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     def setup(self, worker_metadata: Any = None) -> None:
         """Opens the table, the pool and the validation rows."""
         if self._data is None:
+            if self.per_gpu > 1 and self.resources.gpus:
+                import torch
+
+                torch.cuda.set_per_process_memory_fraction(1 / self.per_gpu)
             self._data = _Data.open(self)
 
     def teardown(self) -> None:
@@ -113,7 +120,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _row(self, work: dict[str, Any]) -> dict[str, Any]:
         path = part_path(work["proxy"])
-        if self.step.entry(path) is None:
+        if to_do(self.step, path):
             identity = {key: work[key] for key in ("proxy", "kind", "seed")}
             self.step.write_json(path, {**identity, **self._tried(work)})
         return flat_row(self.step.read_json(path))
@@ -121,7 +128,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     def _tried(self, work: dict[str, Any]) -> dict[str, Any]:
         """The result of training, or the reason why there is none after two attempts."""
         self.setup()
-        number, attempts = work["proxy"], Attempts(self.step.root, self.session)
+        number, attempts, final = work["proxy"], Attempts(self.step.root, self.session), False
         reason = f"the worker process was lost {_TRIES} times over it, killed or out of memory"
         while (tries := attempts.begin(number)) <= _TRIES:
             try:
@@ -129,13 +136,14 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
             except StorageError:  # nothing can be recorded
                 raise
             except InputError as error:  # the same again the next time
-                reason = str(error)
+                reason, final = str(error), True
                 break
             except Exception as error:  # diverged, or whatever a trainer raises: this θ only
+                _leave_spoilt_process(error)
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("proxy %s, attempt %s: %s", number, tries, reason)
         logger.warning("proxy %s is left out: %s", number, reason)
-        return {"failure": reason, "attempts": min(tries, _TRIES)}
+        return {"failure": reason, "final": final, "attempts": min(tries, _TRIES)}
 
     def _train(self, work: dict[str, Any]) -> dict[str, Any]:
         assert self._data is not None  # noqa: S101 - set in setup
@@ -143,7 +151,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         selection, table = data.selection, data.selection.table
         theta = selection.parameters(work["theta"])
         started = time.perf_counter()
-        copies = selection.copies(theta, work["proxy"] if work["kind"] == "draw" else 0)[data.in_pool]
+        copies = selection.copies(theta, work["stream"])[data.in_pool]
         pieces = cut_pieces(
             data.pool, copies, table.domain_ids[data.in_pool], trainer.context, self.tokens, work["seed"],
             trainer.batch_size,
@@ -201,13 +209,28 @@ class _Data:
 def trainer_resources(trainer: str, options: dict[str, Any], per_gpu: int = 1) -> Resources:
     """The trainer's cores, and its part of a GPU where its device is one; makes it, so that mistakes show at once."""
     made = registry.create("trainers", trainer, options, "options of the trainer")
+    getattr(made, "require_device", lambda: None)()
     device = choose_device(getattr(made, "device", "cpu"))
     cores = float(getattr(made, "threads", 1))
     return Resources(cpus=cores, gpus=1.0 / per_gpu if device.startswith("cuda") else 0.0)
 
 
+def _leave_spoilt_process(error: Exception) -> None:
+    """After an error that spoils a process' CUDA context nothing trains there: Dask starts another, a run ends."""
+    if "CUDA error" not in str(error):
+        return
+    from distributed import get_worker
+
+    try:
+        get_worker()
+    except ValueError:
+        raise error from None
+    logger.warning("this worker process ends, for its GPU context is lost: %s", error)
+    os._exit(1)
+
+
 def proxy_tasks(thetas: pa.Table) -> list[DocumentBatch]:
-    """One task per proxy from ``proxies/thetas.parquet`` (proxy, kind, seed, theta)."""
+    """One task per proxy from ``proxies/thetas.parquet``."""
     return [
         DocumentBatch(dataset_name=f"proxy-{number}", data=thetas.slice(i, 1), _metadata={"shard": f"proxy-{number}"})
         for i, number in enumerate(thetas["proxy"].to_pylist())

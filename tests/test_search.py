@@ -15,7 +15,8 @@ from quadmix_plugin.parameters import ParameterSpace, sample_parameter_vectors, 
 from quadmix_plugin.schema import ScoreTable
 from quadmix_plugin.search.evaluation import Metrics, cross_validate, noise
 from quadmix_plugin.search.features import FeatureMap
-from quadmix_plugin.search.proposals import Objective, propose
+from quadmix_plugin.search.objective import Objective
+from quadmix_plugin.search.proposals import propose
 from quadmix_plugin.search.regressors import LightGBM
 
 REGMIX = Path(__file__).parents[2] / "shared" / "data" / "regmix"

@@ -154,9 +154,9 @@ def test_whether_a_model_learnt_is_told_after_enough_steps(validation, steps, ra
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_bits_per_byte_are_those_of_the_predicted_text(rows, tokenizer, pieces, mask_prompt):
-    chosen = choose_rows(rows, 40)
+    chosen = [dataclasses.replace(row, response=f"« {row.response}") for row in choose_rows(rows, 16)]
     table = tokenise_rows(chosen, tokenizer, 0, 32, mask_prompt)
-    assert 20 < sum(table["truncated"].to_pylist()) < table.num_rows - 20
+    assert 0 < sum(table["truncated"].to_pylist()) < table.num_rows
     sets = validation_sets(table, "search")
     result = TorchTrainer(**TINY).train(pieces[:16], sets, 0, 4096)
     found = measured(result, sets)["bits_per_byte"]
@@ -255,7 +255,13 @@ def work(run_dir, corpus, pool_prefix, validation):
     thetas = sample_parameters(2, 2, len(domains), 0, space=ParameterSpace(omega_max=1.0))
     none = sample_parameters(1, 2, len(domains), 0, space=ParameterSpace(omega_max=1e-9, epsilon_max=0))
     vectors = [theta.to_vector().tolist() for theta in (*thetas, *none)]
-    rows = {"proxy": pa.array([0, 1, 2], pa.int32()), "kind": ["draw"] * 3, "seed": [0, 0, 0], "theta": vectors}
+    rows = {
+        "proxy": pa.array([0, 1, 2], pa.int32()),
+        "kind": ["draw"] * 3,
+        "seed": [0, 0, 0],
+        "stream": [0, 1, 2],
+        "theta": vectors,
+    }
     paths = {name: str(step.path(f"proxies/{name}.parquet")) for name in ("table", "validation")}
     stage = TrainProxies(step, paths["table"], [pool_prefix], paths["validation"], 8000, 4096, options=TINY)
     return stage, proxy_tasks(pa.table(rows))

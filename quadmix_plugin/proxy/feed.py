@@ -69,7 +69,9 @@ def _sent_batches(pieces: "PieceSource", batch_size: int, device: "torch.device"
 def _fits(pool: TokenPool, device: "torch.device") -> bool:
     import torch
 
-    return device in _RESIDENT.get(pool, {}) or pool.n_bytes <= _SHARE * torch.cuda.mem_get_info(device)[0]
+    mine = torch.cuda.get_per_process_memory_fraction(device)  # less than all where proxies share the GPU
+    free, whole = torch.cuda.mem_get_info(device)
+    return device in _RESIDENT.get(pool, {}) or pool.n_bytes <= _SHARE * min(free, mine * whole)
 
 
 def _resident(pool: TokenPool, device: "torch.device") -> "torch.Tensor":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.proposals import Objective
+from quadmix_plugin.search.objective import Objective
 
 Array = NDArray[np.float64]
 

@@ -42,6 +42,9 @@ class MegatronTrainer(Trainer):
         super().__post_init__()
         if self.micro_batch_size < 0:
             raise InputError(f"trainer: micro_batch_size {self.micro_batch_size}; give a positive number, or 0")
+
+    def require_device(self) -> None:
+        """Raises InputError on a machine without a GPU."""
         if choose_device(self.device) == "cpu":
             raise InputError(
                 f"trainer megatron: Megatron-Core's optimizer needs a GPU, and device {self.device!r} is a CPU here; "
@@ -50,6 +53,7 @@ class MegatronTrainer(Trainer):
 
     def learner(self, shape: "Shape", seed: int, device: "torch.device") -> "MegatronLearner":
         """A ``GPTModel`` with the initial weights of ``seed``, and megatron-core's optimizer."""
+        self.require_device()
         return MegatronLearner(self, shape, seed, device)
 
 

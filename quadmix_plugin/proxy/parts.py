@@ -41,6 +41,14 @@ def measured(result: TrainResult, sets: Sequence[ValidationSet]) -> dict[str, An
     }
 
 
+def to_do(step: Step, path: str) -> bool:
+    """Whether a part is missing, or failed for a cause that need not lie in its θ."""
+    if step.entry(path) is None:
+        return True
+    part = step.read_json(path)
+    return "failure" in part and not part.get("final", False)
+
+
 def flat_row(part: dict[str, Any]) -> dict[str, Any]:
     """A part as one row of a table: its plain values, ``loss_<task>`` and ``bpb_<task>`` for each task."""
     plain = {key: value for key, value in part.items() if not isinstance(value, dict | list)}
@@ -65,7 +73,10 @@ def merge_parts(
     whole = [part for path, part in parts.items() if path not in failures]
     if not whole:
         reason = next(iter(failures.values()), "there are none")
-        raise QuadmixError(f"{step.root}: none of {len(parts)} models could be trained; the first: {reason}")
+        raise QuadmixError(
+            f"{step.root}: none of {len(parts)} models could be trained; the first: {reason}; run the same command "
+            f"again once the cause is removed"
+        )
     losses = pa.Table.from_pylist([flat_row(final(part)) for part in whole])
     unknown = _columns(LOSS_PREFIX, dict.fromkeys(whole[0]["losses"]))
     curves = [

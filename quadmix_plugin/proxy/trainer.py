@@ -7,14 +7,12 @@ taken in several passes, so that neither the logits nor the states of a whole ba
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quadmix_plugin.proxy.training import CurvePoint, Learner, Trainer, TrainResult
+from quadmix_plugin.proxy.training import Learner, Trainer
 
 if TYPE_CHECKING:
     import torch
 
     from quadmix_plugin.proxy.model import Decoder, Shape
-
-__all__ = ["CurvePoint", "TorchTrainer", "TrainResult"]
 
 _CPU_BYTES = 1 << 30  # of the states of one pass
 
@@ -100,8 +98,10 @@ def _tokens_per_pass(shape: "Shape", device: "torch.device") -> int:
     import torch
 
     per_token = 4 * shape.layers * (12 * shape.width + 4 * shape.ffn)
-    room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_BYTES
-    return room // per_token
+    if device.type != "cuda":
+        return _CPU_BYTES // per_token
+    mine = torch.cuda.get_per_process_memory_fraction(device)  # less than all where proxies share the GPU
+    return int(torch.cuda.get_device_properties(device).total_memory * mine / 4) // per_token
 
 
 def _low_precision(dtype: str, device: "torch.device") -> "torch.dtype | None":

@@ -1,14 +1,13 @@
 """What every trainer of proxies shares: options, the learning rate, the loop over pieces, the curve, the guards.
 
 A trainer brings a ``Learner``, which holds a model and its optimizer and takes one step at a time. Nothing here knows
-θ, documents or run directories: pieces come from ``pool``, validation sets from ``validation``. On the CPU a model
+θ, documents or run directories: pieces come from ``pieces``, validation sets from ``validation``. On the CPU a model
 trains on a fixed number of threads, so that a result has the same bits whatever the executor and its workers.
 """
 
 import contextlib
 import logging
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,14 +63,13 @@ class TrainResult:
     """A trained model and what was measured.
 
     ``losses``: nats per token by task, at the end or where training was stopped; ``share`` of the steps taken (1.0
-    unless stopped); ``seconds`` of training and evaluation; ``learnt``: whether the training loss ended below
+    unless stopped); ``learnt``: whether the training loss ended below
     ``unigram_entropy`` (nats), None after too few steps to expect that.
     """
 
     losses: dict[str, float]
     curve: tuple[CurvePoint, ...]
     tokens_seen: int
-    seconds: float
     unigram_entropy: float
     model: "Decoder"
     share: float = 1.0
@@ -129,6 +127,16 @@ class Trainer(ABC):
                 f"threads {self.threads}; give a batch and threads of at least 1, a positive learning rate and a "
                 f"warmup between 0 and 1"
             )
+        rates = (self.weight_decay, self.final_learning_rate)
+        if not self.grad_clip > 0 or min(rates) < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(
+                f"trainer: grad_clip {self.grad_clip}, weight_decay {self.weight_decay}, final_learning_rate "
+                f"{self.final_learning_rate}, betas {self.betas}; give a positive grad_clip, betas from 0 to below 1, "
+                f"and nothing negative"
+            )
+
+    def require_device(self) -> None:  # noqa: B027 - most trainers run anywhere
+        """Raises InputError where this machine lacks the device that training needs."""
 
     @abstractmethod
     def learner(self, shape: "Shape", seed: int, device: "torch.device") -> Learner:
@@ -170,7 +178,6 @@ class Trainer(ABC):
         if len(pieces) < self.batch_size:
             raise InputError(f"{len(pieces)} pieces; a batch has {self.batch_size}, so give more training tokens")
         entropy = _check(pieces, vocabulary)
-        started = time.perf_counter()
         device = torch.device(choose_device(self.device))
         with _threads(self.threads):
             learner = self.learner(self.model_shape(vocabulary), seed, device)
@@ -181,7 +188,6 @@ class Trainer(ABC):
             losses=last.losses,
             curve=tuple(curve),
             tokens_seen=last.tokens_seen,
-            seconds=time.perf_counter() - started,
             unigram_entropy=entropy,
             model=model,
             share=last.share,
@@ -204,7 +210,9 @@ class Trainer(ABC):
 
         steps = -(-len(pieces) // self.batch_size)
         marks = {round(steps * (i + 1) / _CURVE_POINTS) for i in range(_CURVE_POINTS)}
-        judged = {max(round(steps * share), 1): share for share in sorted(eval_at)} | {steps: 1.0}
+        judged: dict[int, list[float]] = {steps: [1.0]}
+        for share in sorted(set(eval_at), reverse=True):
+            judged.setdefault(max(round(steps * share), 1), []).insert(0, share)
         curve: list[CurvePoint] = []
         total, since, seen = torch.zeros((), device=device), 0, 0
         for step, batch in enumerate(batches(pieces, self.batch_size, device), start=1):
@@ -213,10 +221,10 @@ class Trainer(ABC):
             if step not in marks and step not in judged:
                 continue
             losses = _judge(learner, sets) if step in judged else {}
-            share = judged.get(step, step / steps)
-            curve.append(_finite(CurvePoint(step, share, seen, float(total) / since, losses)))
+            shares = judged.get(step, [step / steps])
+            curve += [_finite(CurvePoint(step, share, seen, float(total) / since, losses)) for share in shares]
             total, since = torch.zeros_like(total), 0
-            if losses and step < steps and stop is not None and stop(share, losses):
+            if losses and step < steps and stop is not None and any(stop(share, losses) for share in shares):
                 break
         return curve
 

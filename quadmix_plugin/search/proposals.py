@@ -16,6 +16,7 @@ from quadmix_plugin.parameters import Parameters, ParameterSpace, average_parame
 from quadmix_plugin.schema import ScoreTable
 from quadmix_plugin.search.evaluation import require_losses
 from quadmix_plugin.search.features import SIZE, FeatureMap, Kind
+from quadmix_plugin.search.objective import Objective
 from quadmix_plugin.search.regressors import Regressor
 
 Array = NDArray[np.float64]
@@ -25,49 +26,6 @@ PAPER_SPACE = ParameterSpace()
 _BLOCK = 4096
 _SEARCH_STREAM = 0x5EA4C4  # keeps the draws of a search apart from those of the proxies, whatever the seeds
 _QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The weighted mean of the tasks' standardised losses, lower = better; 0 is the mean proxy.
-
-    ``weights`` sum to 1; ``mean`` and ``sd`` are each task's over the proxies.
-    """
-
-    weights: dict[str, float]
-    mean: dict[str, float]
-    sd: dict[str, float]
-
-    @classmethod
-    def of(cls, losses: Mapping[str, Array], weights: Mapping[str, float] | None = None) -> "Objective":
-        """The objective of these proxies' losses (task → [n]); without ``weights`` all tasks count equally.
-
-        Raises:
-            InputError: a weight for an unknown task, a negative one, or none above 0.
-        """
-        given = dict(weights or dict.fromkeys(losses, 1.0))
-        if unknown := [task for task in given if task not in losses]:
-            raise InputError(
-                f"search.objective: no task {unknown[0]!r}; the proxies have losses of {', '.join(losses)}"
-            )
-        total = sum(given.values())
-        if not (np.isfinite(total) and total > 0 and min(given.values()) >= 0):
-            raise InputError(f"search.objective: weights {given}; give numbers >= 0, at least one above 0")
-        return cls(
-            {task: given.get(task, 0.0) / total for task in losses},
-            {task: float(np.mean(y)) for task, y in losses.items()},
-            {task: float(np.std(y, ddof=1)) for task, y in losses.items()},
-        )
-
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks that count."""
-        return [task for task, weight in self.weights.items() if weight > 0]
-
-    def value(self, losses: Mapping[str, Array]) -> Array:
-        """The objective [n] of losses, task → [n]."""
-        terms = [self.weights[task] * (losses[task] - self.mean[task]) / self.sd[task] for task in self.tasks]
-        return np.sum(terms, axis=0)
 
 
 @dataclass(frozen=True)
