@@ -63,11 +63,11 @@ class Case:
 
 SPEED = (
     Case("proxy-tiny", 4096, batch=4, context=128, steps=20),
-    Case("proxy-tiny", 50_432, batch=4, context=128, steps=5),
+    Case("proxy-tiny", 50_432, batch=4, context=128, steps=4),
     Case("proxy-1m", 50_432, batch=2, context=512, steps=2, repeats=3),
 )
 MEMORY = (
-    Case("proxy-tiny", 50_432, batch=32, context=128, steps=1),
+    Case("proxy-tiny", 50_432, batch=16, context=128, steps=1),
     Case("proxy-1m", 50_432, batch=4, context=512, steps=1),
 )
 CHUNKS = ((4096, 64, 512), (50_432, 64, 512), (50_432, 256, 512))  # vocabulary, width, tokens
@@ -76,8 +76,7 @@ ARMS = {  # name: the way to train, the environment, the cases
     OURS: ("ours", WORKER, SPEED),
     "plain loop": ("plain", DEFAULT, SPEED),
     "plain loop, workers' malloc": ("plain", WORKER, SPEED),
-    "plain loop, workers' malloc, fused AdamW": ("fused", WORKER, SPEED[:2]),
-    "Megatron-Core": ("megatron", DEFAULT, SPEED[:2]),
+    "plain loop, workers' malloc, fused AdamW": ("fused", WORKER, SPEED[:1]),
     "Megatron-Core, workers' malloc": ("megatron", WORKER, SPEED),
     COMPILED: ("compiled", WORKER, SPEED[:1]),
     f"TorchTrainer's loss, {STACKED} models stacked": ("stacked", WORKER, SPEED[:2]),

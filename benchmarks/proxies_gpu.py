@@ -1,7 +1,7 @@
 """Training of proxies on one GPU: tokens/s, share of the measured bf16 peak, K proxies at once, the projected hours.
 
     python benchmarks/proxies_gpu.py --out proxies_gpu.jsonl          # NOT YET RUN ON A GPU: no figure of it exists
-    python benchmarks/proxies_gpu.py --only train --minutes 8         # one part, with more time
+    python benchmarks/proxies_gpu.py --only train small --minutes 4   # nine minutes are too few for all
     python benchmarks/proxies_gpu.py --rehearse                       # all parts, tiny, on a CPU; figures mean nothing
 
 Parts: ``peak`` (a large matrix product), ``train`` (one proxy-1m, 512 × 2048 tokens an update), ``small`` (one proxy,
@@ -42,6 +42,7 @@ from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.trainer import _tokens_per_pass
 
+SAME = 0.05  # nats: bfloat16 in other orders
 WAIT = 200.0  # seconds for K processes to be ready, compilation included
 
 
@@ -78,11 +79,11 @@ REHEARSAL = Sizes(
 )
 
 
-def measure_step(bench: Bench, name: str, job: Job, make: Callable[[], proxy_peers.Step], models: int = 1) -> None:
-    """Tokens/s of one way, its batches on the device."""
+def measure_step(bench: Bench, name: str, job: Job, make: Callable[[], proxy_peers.Step], stack: int = 0) -> None:
+    """Tokens/s of one way, its batches on the device; ``stack``: how many models take a step at once, if not one."""
     batches = job.batches(4, bench.device)
-    if models > 1:
-        batches = torch.stack([job.batches(4, bench.device, seed) for seed in range(models)], dim=1)
+    if stack:
+        batches = torch.stack([job.batches(4, bench.device, seed) for seed in range(stack)], dim=1)
     step, losses = make(), []
 
     def work(i: int) -> None:
@@ -91,8 +92,10 @@ def measure_step(bench: Bench, name: str, job: Job, make: Callable[[], proxy_pee
             losses.append(float(loss.reshape(-1)[0]))
 
     first, each = bench.timed(work)
-    facts = {"ms": each * 1e3, "first_s": first, "loss": f"{losses[0]:.3f}", "GiB": bench.peak_gib}
-    bench.speed(name, job, models * job.tokens / each, **facts)
+    expected = bench.losses.setdefault(job, losses[0])
+    said = f"{losses[0]:.3f}" + ("" if abs(losses[0] - expected) <= SAME else f", NOT {expected:.3f}")
+    facts = {"ms": each * 1e3, "first_s": first, "loss": said, "GiB": bench.peak_gib}
+    bench.speed(name, job, max(stack, 1) * job.tokens / each, **facts)
 
 
 def peak(bench: Bench, sizes: Sizes) -> None:
@@ -234,18 +237,19 @@ def _at_once(bench: Bench, name: str, job: Job, k: int, seconds: float) -> None:
     barrier, results = spawn.Barrier(k), spawn.Queue()
     arguments = (job, str(bench.device), seconds, barrier, results)
     children = [spawn.Process(target=_child, args=(i, *arguments), daemon=True) for i in range(k)]
-    started = time.perf_counter()
+    wait, started = min(WAIT, bench.seconds_left), time.perf_counter()
     try:
         for child in children:
             child.start()
-        found = [results.get(timeout=max(WAIT - time.perf_counter() + started, 1)) for _ in children]
+        found = [results.get(timeout=max(wait - time.perf_counter() + started, 1)) for _ in children]
+        for child in children:
+            child.join(10)
     except queue.Empty as error:
-        raise RuntimeError(f"no answer within {WAIT:.0f} s") from error
+        raise RuntimeError(f"no answer within {wait:.0f} s") from error
     finally:
         for child in children:
-            child.terminate()
-        for child in children:
-            child.join(30)
+            if child.is_alive():
+                child.terminate()
     if errors := sorted((each for each in found if isinstance(each, str)), key=lambda each: "Barrier" in each):
         raise RuntimeError(f"{len(errors)} of {k}: {errors[0]}")
     rates, memory = [rate for rate, _ in found], max(held for _, held in found)
@@ -326,8 +330,10 @@ def megatron(bench: Bench, sizes: Sizes) -> None:
     """Megatron-Core's own means; in a rehearsal its model alone."""
 
     def make(job: Job) -> proxy_peers.Step:
-        import megatron.core  # noqa: F401
+        from quadmix_plugin.proxy.megatron_model import quiet_import
 
+        with quiet_import():
+            import megatron.core  # noqa: F401
         if not bench.is_gpu:
             return proxy_peers.megatron_on_cpu(job.model, 0, job.trainer())
         from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer
@@ -364,7 +370,9 @@ def main() -> None:
         parser.error("this machine has no GPU that torch can use; give --rehearse to try the script on its CPU")
     device, sizes = torch.device("cpu" if given.rehearse else "cuda:0"), REHEARSAL if given.rehearse else ON_GPU
     where = "a CPU: A REHEARSAL, NO FIGURE MEANS ANYTHING" if given.rehearse else torch.cuda.get_device_name(device)
-    bench = Bench(device, sizes.seconds, given.minutes, given.out)
+    bench = Bench(device, sizes.seconds, given.minutes if not given.rehearse else 60, given.out)
+    if given.rehearse:
+        torch.set_num_threads(1)
     bench.line("machine", device=where, cores=os.cpu_count(), torch=torch.__version__)
     with TemporaryDirectory() as cache:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)  # the processes share what one of them compiles

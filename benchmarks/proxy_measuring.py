@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quadmix_plugin.models import first_line
 from quadmix_plugin.proxy.model import Shape, named_shape
 from quadmix_plugin.proxy.trainer import TorchTrainer
 
@@ -71,13 +72,15 @@ def flops_per_token(shape: Shape) -> float:
 class Bench:
     """Where the measurements run, the time that is left, and the lines written so far.
 
-    ``seconds``: of measuring one way, after it is warm; ``minutes``: of one part; ``peak``: FLOP/s that shares are of.
+    ``seconds``: of measuring one way, after it is warm; ``minutes``: of one part; ``peak``: FLOP/s that shares are of;
+    ``losses``: what the first way to train a proxy came to, which the others should too.
     """
 
     def __init__(self, device: torch.device, seconds: float, minutes: float, out: Path | None) -> None:
         self.device, self.seconds, self.minutes = device, seconds, minutes
         self.peak = float("nan")
-        self._end = self._until = time.perf_counter() + 60 * LONGEST_MINUTES
+        self.losses: dict[Job, float] = {}
+        self._end = self._until = time.perf_counter() + 60 * max(LONGEST_MINUTES, minutes)
         self._header: tuple[str, ...] = ()
         self._file = out.open("a", encoding="utf-8") if out else None
 
@@ -90,6 +93,11 @@ class Bench:
     def peak_gib(self) -> float:
         """Most memory of the device that was held at once since the last measurement."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.is_gpu else float("nan")
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the whole run."""
+        return self._end - time.perf_counter()
 
     def synchronise(self) -> None:
         """Waits for the device."""
@@ -115,7 +123,7 @@ class Bench:
         except ImportError as error:
             self._left_out(name, f"not installed ({error})")
         except Exception as error:  # other ways' figures are still of use
-            self._left_out(name, f"{type(error).__name__}: {str(error)[:200].splitlines() or ''}")
+            self._left_out(name, f"{type(error).__name__}: {first_line(error)}")
             print(traceback.format_exc(), file=sys.stderr, flush=True)
         finally:
             self._forget()

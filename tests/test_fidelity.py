@@ -264,7 +264,7 @@ def test_the_final_loss_expected_of_exactly_linear_losses_is_exact(seed, n, inte
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-9, 9)), min_size=8, max_size=16))
 def test_the_error_is_that_of_leaving_each_pilot_proxy_out(pairs):
-    early, late = 3 + np.array(pairs, dtype=np.float64).T / 10
+    early, late = np.array(pairs, dtype=np.float64).T  # whole numbers: scikit-learn's slope over equal ones is rounding
     rung = HalvingRule.fit({0.5: {"arc": early}}, {"arc": late}).rungs[0]
     left_out = cross_val_predict(LinearRegression(), early[:, None], late, cv=LeaveOneOut())
     assert rung.forecasts["arc"].error == pytest.approx(np.sqrt(np.mean((late - left_out) ** 2)), abs=1e-12)

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ from quadmix_plugin.stages.train_proxies import TrainProxies, proxy_tasks
 from quadmix_plugin.store import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
-TINY = {"shape_options": {"width": 32, "ffn": 64, "heads": 2, "context": 64}}
+TINY: dict[str, Any] = {"shape_options": {"width": 32, "ffn": 64, "heads": 2, "context": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,6 @@ def test_measuring_in_between_changes_nothing_and_is_told_at_the_shares_asked(pi
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="two shares of one step: the smaller one is forgotten", raises=AssertionError)
 def test_every_share_asked_is_told_of_a_short_training(pieces, validation):
     sets = validation_sets(validation, "search")
     short = TorchTrainer(**TINY).train(pieces[:16], sets, 0, 4096, eval_at=(0.1, 0.25, 0.5))
@@ -183,7 +183,7 @@ def test_low_precision_stays_close_to_float32(pieces, validation):
 
 
 def test_the_loss_is_the_mean_over_response_tokens(validation, learnt):
-    table = validation.filter(pa.compute.equal(validation["part"], "report"))
+    table = validation.filter(pa.array([part == "report" for part in validation["part"].to_pylist()]))
     for each in validation_sets(validation, "report"):
         total = count = 0
         for row in table.to_pylist():
