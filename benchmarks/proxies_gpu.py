@@ -8,8 +8,9 @@ Parts: ``peak`` (a large matrix product), ``train`` (one proxy-1m, 512 × 2048 t
 small batches), ``loss`` (the output layer alone), ``stacked`` and ``processes`` (K proxies at once), ``feed`` (ids on
 the device or sent to it), ``megatron``. FLOPs per token: 6 for every weight of a matrix that a token passes (the input
 embedding is looked up, not multiplied) and 6 · layers · width · context of causal attention. Wall time. "first s" is
-the first update, compilation included; "loss" that of the fourth update, which all ways share but for bfloat16. Needs
-torch, numpy and the project's own source; liger-kernel, cut-cross-entropy and megatron-core where they are installed.
+the first update, with compilation, or what torch's cache leaves of it where the same was compiled before; "loss" that
+of the fourth update, which all ways share but for bfloat16. Needs torch, numpy and the project's own source;
+liger-kernel, cut-cross-entropy and megatron-core where they are installed.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from small_run import write_small_recipe
 
 from quadmix_plugin import Parameters, count_copies
 from quadmix_plugin.config import load_recipe
-from quadmix_plugin.errors import InputError, RecipeError
-from quadmix_plugin.executors import DaskExecutor, InlineExecutor
+from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
+from quadmix_plugin.executors import InlineExecutor
 from quadmix_plugin.megatron import TokenFile, write_documents
 from quadmix_plugin.pipelines.context import Run, open_run
 from quadmix_plugin.pipelines.proxies import pool_prefixes, proxies, write_pool
@@ -169,19 +170,29 @@ def test_noise_is_that_of_several_thetas(full: Step) -> None:
         assert found[task]["theta_sd"] == pytest.approx(np.std([row[f"loss_{task}"] for row in drawn.values()], ddof=1))
 
 
-def test_agreement_is_told_of_every_task_and_share(full: Step) -> None:
-    curves = full.read_table("proxies/curves.parquet").to_pandas()
-    curves = curves[curves["proxy"] < 24].pivot(index="proxy", columns="share")
-    found = full.read_json("proxies/fidelity.json")
-    expected = {
-        task: {
-            str(share): pytest.approx(spearmanr(curves[f"loss_{task}"][share], curves[f"loss_{task}"][1.0])[0])
-            for share in (0.1, 0.25, 0.5)
-        }
-        for task in TASKS
+def agreement(step: Step, proxies: int, shares: tuple[float, ...]) -> dict:
+    """By task and share, Spearman's correlation of the first drawn proxies' losses there with those at the end."""
+    curves = step.read_table("proxies/curves.parquet").to_pandas()
+    losses = curves[curves["proxy"] < proxies].pivot(index="proxy", columns="share")
+    early_and_late = {t: (losses[f"loss_{t}"], losses[f"loss_{t}"][1.0]) for t in TASKS}
+    return {
+        task: {str(share): pytest.approx(spearmanr(early[share], late)[0]) for share in shares}
+        for task, (early, late) in early_and_late.items()
     }
-    assert found["agreement"] == expected
+
+
+def test_agreement_is_told_of_every_task_and_share(full: Step) -> None:
+    found = full.read_json("proxies/fidelity.json")
+    assert found["agreement"] == agreement(full, 24, (0.1, 0.25, 0.5))
     assert (found["proxies_in_full"], found["stopped"], found["trained_share"]) == (24, {}, 1.0)
+
+
+def test_under_halving_the_pilot_alone_stands_for_all_thetas(halved: Step) -> None:
+    assert halved.read_json("proxies/fidelity.json")["agreement"] == agreement(halved, 8, (0.6, 0.9))
+    drawn, found = rows(halved), halved.read_json("proxies/noise.json")
+    for task in TASKS:
+        sd = np.std([drawn[n][f"loss_{task}"] for n in range(8)], ddof=1)
+        assert (found[task]["theta_sd"], found[task]["thetas"]) == (pytest.approx(sd), 2)
 
 
 def test_stopped_proxies_have_a_share_and_kept_ones_the_losses_of_full_fidelity(full: Step, halved: Step) -> None:
@@ -273,11 +284,11 @@ def faulty(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("QUADMIX_TEST_CALLS", str(calls))
 
-    def train(full: Step, faults: dict[int, str], **options):
+    def train(full: Step, faults: dict[int, str], *settings: str, **options):
         sizes = [part(full, number)["selected_tokens"] for number in range(8)]
         assert len(set(sizes)) == 8
         given = {str(sizes[number]): fault for number, fault in faults.items()}
-        overrides = [*FEW, "proxy.trainer=faulty", f"proxy.options.faults={json.dumps(given)}"]
+        overrides = [*FEW, "proxy.trainer=faulty", f"proxy.options.faults={json.dumps(given)}", *settings]
         step = trained(labelled, tmp_path / "out", *overrides, **options)
         return step, [(calls / str(size)).stat().st_size for size in sizes]
 
@@ -303,8 +314,31 @@ def test_what_goes_wrong_once_is_tried_again_and_what_goes_wrong_twice_left_out(
     assert step.read_json("proxies/fidelity.json")["retried"] == 2
 
 
-def test_a_proxy_that_kills_its_worker_costs_no_other(faulty, full: Step) -> None:
-    step, calls = faulty(full, {2: "kill 99", 5: "kill 1"}, make_executor=lambda: DaskExecutor(n_workers=2))
+def test_what_failed_is_tried_again_by_the_next_command_unless_it_lies_in_the_theta(faulty, full: Step) -> None:
+    everything = dict.fromkeys(range(8), "raise 2") | {0: "raise 4", 6: "input 99"}  # proxy 0 has a repeat
+    with pytest.raises(QuadmixError, match=r"none of 9 models could be trained; the first: RuntimeError: no such luck"):
+        faulty(full, everything)
+    step, calls = faulty(full, everything)
+    assert calls == [6, 3, 3, 3, 3, 3, 1, 3]
+    reference, found = rows(full), rows(step)
+    assert sorted(found) == [0, 1, 2, 3, 4, 5, 7]
+    assert all(measured(found[n]) == measured(reference[n]) for n in found)
+    assert step.summary()["failures"] == {part_path(6): "no such luck"}
+
+
+@pytest.mark.xfail(strict=True, reason="its failure is taken for one of another session", raises=AssertionError)
+def test_a_pilot_proxy_that_fails_keeps_its_reason_and_the_others_give_the_rule(faulty, full: Step) -> None:
+    halving = ("proxy.number=12", "proxy.fidelity=successive_halving", "proxy.pilot=9", "proxy.curve_at=[0.6, 0.9]")
+    step, calls = faulty(full, {3: "raise 99"}, *halving)
+    assert calls[3] == part(step, 3)["attempts"] == 2
+    assert step.summary()["failures"] == {part_path(3): "RuntimeError: no such luck"}
+    assert step.read_json("proxies/halving.json")["pilots"] == 8
+
+
+def test_a_proxy_that_kills_its_worker_costs_no_other(faulty, full: Step, dask_client, dask_executor) -> None:
+    site, folder = sys.path[0], os.environ["QUADMIX_TEST_CALLS"]  # workers that come later inherit both
+    dask_client.run(lambda: (sys.path.insert(0, site), os.environ.update(QUADMIX_TEST_CALLS=folder)))
+    step, calls = faulty(full, {2: "kill 99", 5: "kill 1"}, make_executor=lambda: dask_executor)
     assert calls == [2, 1, 2, 1, 1, 2, 1, 1]
     assert [part(step, number)["attempts"] for number in range(9)] == [1, 1, 2, 1, 1, 2, 1, 1, 1]
     reference, found = rows(full), rows(step)
@@ -390,7 +424,7 @@ def test_a_pool_of_another_tokenizer_is_refused_and_a_truncated_one_written_anew
     whole = pair[0].read_bytes()
     documents = [file.document(i).astype(np.int64) + 4_000 for i in range(file.n_documents)]
     write_documents(documents, *pair, 60_000)
-    with pytest.raises(InputError, match=rf"{prefix.name}\.bin: ids from [0-9]+ to [0-9]+, the vocabulary has 4096"):
+    with pytest.raises(InputError, match=rf"{prefix.name}\.bin: an id of [0-9]+, the vocabulary has 4096"):
         trained(labelled, out, *FEW)
     assert nothing_trained(out)
     pair[0].write_bytes(whole[:-2])
@@ -398,7 +432,6 @@ def test_a_pool_of_another_tokenizer_is_refused_and_a_truncated_one_written_anew
     assert pair[0].read_bytes() == whole
 
 
-@pytest.mark.xfail(strict=True, reason="_require_pool looks for text in every token file by itself", raises=InputError)
 def test_a_shard_of_one_short_document_is_no_fault_of_the_pool(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     corpus = pq.read_table(tmp_path / "corpus.parquet").slice(0, 101)
@@ -410,7 +443,6 @@ def test_a_shard_of_one_short_document_is_no_fault_of_the_pool(tmp_path: Path) -
         assert [TokenFile.open(prefix).n_documents for prefix in pool_prefixes(run)] == [100, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="repeats draw from stream 0, whichever θ they repeat", raises=AssertionError)
 def test_repeats_have_the_documents_of_their_theta_under_independent_draws(labelled: Path, tmp_path: Path) -> None:
     step = trained(labelled, tmp_path / "out", "proxy.number=8", "proxy.repeated=4", "proxy.draws=independent")
     for i, again in enumerate(part(step, 8 + theta) for theta in range(4)):
