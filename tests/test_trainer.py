@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from nemo_curator.tasks import DocumentBatch
+from tokenizers import processors
 from torch.nn import functional
 
 from quadmix_plugin import models, sample_parameters
@@ -152,8 +153,16 @@ def test_whether_a_model_learnt_is_told_after_enough_steps(validation, steps, ra
     assert trainer.train(data, short, 0, 50).learnt is learnt
 
 
-@pytest.mark.parametrize("mask_prompt", [True, False])
-def test_bits_per_byte_are_those_of_the_predicted_text(rows, tokenizer, pieces, mask_prompt):
+_TRIMMED = pytest.mark.xfail(strict=True, reason="a cut prompt's first space is not counted", raises=AssertionError)
+
+
+@pytest.mark.parametrize(
+    ("mask_prompt", "trim"), [(True, False), (False, False), pytest.param(False, True, marks=_TRIMMED)]
+)
+def test_bits_per_byte_are_those_of_the_predicted_text(rows, pieces, mask_prompt, trim):
+    tokenizer = models.load_tokenizer(str(QUICKSTART / "models" / "tokenizer"))
+    if trim:  # as that of GPT-NeoX: the offsets of a token leave its space out
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     chosen = [dataclasses.replace(row, response=f"« {row.response}") for row in choose_rows(rows, 16)]
     table = tokenise_rows(chosen, tokenizer, 0, 32, mask_prompt)
     assert 0 < sum(table["truncated"].to_pylist()) < table.num_rows
