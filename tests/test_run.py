@@ -133,7 +133,7 @@ def test_dask_gives_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: Path) -> None:
     commits = sum(1 for _ in (finished / "manifest").rglob("*.json")) * 2
     kills = 0
-    for n in np.random.default_rng(5).integers(commits // 12, commits // 3, 20):
+    for n in np.random.default_rng(5).integers(commits // 6, commits // 2, 20):
         command = [sys.executable, "-c", CRASHING, str(n), "run", str(recipe_path), "--out", str(tmp_path), "--json"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         if ended.returncode == 0:
@@ -142,7 +142,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe_path: Path, f
         kills += 1
     else:
         pytest.fail("the run never came to its end")
-    assert kills >= 4
+    assert kills >= 2
     assert _results(tmp_path) == _results(finished)
     assert RunDirectory(tmp_path).verify()[1] == []
     assert [p for p in tmp_path.rglob("*.tmp")] == []
@@ -280,7 +280,7 @@ def test_failed_proxies_are_left_out_of_the_search(copied: Run, failed: tuple[in
     step = copied.step("proxies")
     for number in failed:
         step.write_json(part_path(number), {"proxy": number, "kind": "draw", "seed": 1, "failure": "diverged"})
-    _finish(copied, step, step.read_table("proxies/thetas.parquet"), 0.0)
+    _finish(copied, step, step.read_table("proxies/thetas.parquet"), None, 0.0)
     shutil.rmtree(copied.directory.root / "manifest" / "search")
     search(copied)
     found = copied.step("search").read_table("search/predictions.parquet")["proxy"].unique().to_pylist()
@@ -291,7 +291,9 @@ def test_failed_proxies_are_left_out_of_the_search(copied: Run, failed: tuple[in
         row["loss_hellaswag"] for row in losses if row["proxy"] == best["number"]
     )
     noise = step.read_json("proxies/noise.json")
-    assert set(noise) == (set() if 0 in failed else {"hellaswag", "mmlu"})
+    assert {task: each["thetas"] for task, each in noise.items()} == dict.fromkeys(
+        ("hellaswag", "mmlu"), 2 if 0 in failed else 3
+    )
 
 
 def test_selector_that_returns_something_else_is_named(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:

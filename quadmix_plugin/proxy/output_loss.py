@@ -30,7 +30,7 @@ class _OutputLoss(torch.autograd.Function):
         state_gradient = torch.empty_like(states)
         weight_gradient: Tensor | None = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        minus_one = torch.tensor(-1.0, dtype=dtype, device=hidden.device)
+        minus_one = torch.full((), -1.0, dtype=dtype, device=hidden.device)  # torch.tensor would wait for a GPU
         rows = torch.arange(min(chunk, n), device=hidden.device)
         for start in range(0, n, chunk):
             state, target = states[start : start + chunk], targets[start : start + chunk]

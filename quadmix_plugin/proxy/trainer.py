@@ -54,7 +54,8 @@ class _TorchLearner(Learner):
         import torch
 
         loss = torch.zeros((), device=self._device)
-        for part in batch.split(self._pieces):
+        passes = -(-batch.shape[0] // self._pieces)
+        for part in batch.split(-(-batch.shape[0] // passes)):  # of one size: each size is compiled apart
             share = part.shape[0] / batch.shape[0]
             here = self._loss(part) * share if share < 1 else self._loss(part)
             here.backward()
