@@ -88,15 +88,16 @@ def _context(run: Run, name: str) -> int:
     try:
         trainer_resources(section.trainer, trainer_options(run, section.trainer, section.options))
         trainer = registry.create("trainers", section.trainer, section.options)
+        context = trainer.context
     except InputError as error:
         raise RecipeError(f"{name}.options: {error}") from error
-    batch = getattr(trainer, "batch_size", 1) * trainer.context
-    if -(-section.tokens // trainer.context) * trainer.context < batch:
+    batch = getattr(trainer, "batch_size", 1) * context
+    if -(-section.tokens // context) * context < batch:
         raise RecipeError(
             f"{name}.tokens: {section.tokens:,} are fewer than one batch of {batch:,}; raise it, or lower "
             f"{name}.options.batch_size"
         )
-    return trainer.context
+    return context
 
 
 def _check_number_of_proxies(run: Run) -> None:
