@@ -94,6 +94,7 @@ def test_bad_validation_rows_are_found_before_labelling(tmp_path: Path, monkeypa
         ("domain.model=/nowhere", "no such folder"),
         ("proxy.options={shape: huge}", "proxy.options: shape"),
         ("pretrain.options={device: tpu}", "pretrain.options: device 'tpu': unknown"),
+        ("proxy.tokens=100", "proxy.tokens: 100 are fewer than one batch of 512"),
     ],
 )
 def test_recipe_fault_exits_78(override: str, expected: str, tmp_path: Path, monkeypatch, capsys) -> None:
