@@ -104,7 +104,7 @@ def _train_all(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> H
 
 def _train(run: Run, step: Step, train: TrainProxies, thetas: pa.Table) -> None:
     numbers = thetas["proxy"].to_pylist()
-    todo = thetas.filter(pa.array([to_do(step, part_path(n)) for n in numbers]))
+    todo = thetas.filter(pa.array([to_do(step, part_path(n), train.session) for n in numbers]))
     if todo.num_rows:
         best = LowestLoss(run, step, numbers)
         with run.workers(_workers(run, train)), run.watched_by(best) as executor:

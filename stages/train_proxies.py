@@ -120,7 +120,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _row(self, work: dict[str, Any]) -> dict[str, Any]:
         path = part_path(work["proxy"])
-        if to_do(self.step, path):
+        if to_do(self.step, path, self.session):
             identity = {key: work[key] for key in ("proxy", "kind", "seed")}
             self.step.write_json(path, {**identity, **self._tried(work)})
         return flat_row(self.step.read_json(path))
@@ -143,7 +143,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("proxy %s, attempt %s: %s", number, tries, reason)
         logger.warning("proxy %s is left out: %s", number, reason)
-        return {"failure": reason, "final": final, "attempts": min(tries, _TRIES)}
+        return {"failure": reason, "final": final, "session": self.session, "attempts": min(tries, _TRIES)}
 
     def _train(self, work: dict[str, Any]) -> dict[str, Any]:
         assert self._data is not None  # noqa: S101 - set in setup

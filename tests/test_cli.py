@@ -205,7 +205,11 @@ def test_plan_refuses_what_a_run_would_refuse(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_signal_ends_a_run_on_dask_with_its_code_and_leaves_nothing(
     number: signal.Signals, code: int, word: str, tmp_path: Path

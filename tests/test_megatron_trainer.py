@@ -24,6 +24,7 @@ from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.trainer import TorchTrainer
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows, validation_sets
+from quadmix_plugin.stages.train_proxies import trainer_resources
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 CUDA = torch.device("cuda")
@@ -214,11 +215,12 @@ def test_a_checkpoint_holds_weights_and_optimizer(pieces, gpu, tmp_path):
 def test_without_a_gpu_it_is_refused_before_any_work():
     for device, reason in (("auto", "needs a GPU.*trainer: torch"), ("cpu", "trainer: torch"), ("cuda", "0 usable")):
         with pytest.raises(InputError, match=reason):
-            MegatronTrainer(device=device)
+            trainer_resources("megatron", {"device": device})  # as a run asks before it starts
+    assert MegatronTrainer().context == 128  # a recipe that names it can be read anywhere
     assert not torch.distributed.is_initialized()
     with cpu_as_cuda():
         with pytest.raises(InputError, match="trainer: torch"):
-            MegatronTrainer(device="cpu")
+            MegatronTrainer(device="cpu").learner(MegatronTrainer().model_shape(512), 0, torch.device("cpu"))
         with pytest.raises(InputError, match="micro_batch_size -1"):
             MegatronTrainer(micro_batch_size=-1)
         assert MegatronTrainer(device="cuda:0").context == 128

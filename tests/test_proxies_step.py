@@ -326,7 +326,6 @@ def test_what_failed_is_tried_again_by_the_next_command_unless_it_lies_in_the_th
     assert step.summary()["failures"] == {part_path(6): "no such luck"}
 
 
-@pytest.mark.xfail(strict=True, reason="its failure is taken for one of another session", raises=AssertionError)
 def test_a_pilot_proxy_that_fails_keeps_its_reason_and_the_others_give_the_rule(faulty, full: Step) -> None:
     halving = ("proxy.number=12", "proxy.fidelity=successive_halving", "proxy.pilot=9", "proxy.curve_at=[0.6, 0.9]")
     step, calls = faulty(full, {3: "raise 99"}, *halving)

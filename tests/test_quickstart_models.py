@@ -49,6 +49,7 @@ def test_tokenizer_loads_with_both_libraries_and_restores_any_text():
     assert plain.token_to_id("<|endoftext|>") == wrapped.eos_token_id
 
 
+@pytest.mark.slow
 def test_script_makes_the_committed_tokenizer_again(tmp_path):
     script = ROOT / "scripts" / "train_quickstart_models.py"
     subprocess.run([sys.executable, script, "tokenizer", "--out", tmp_path], check=True, timeout=120)

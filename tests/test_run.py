@@ -133,7 +133,7 @@ def test_dask_gives_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: Path) -> None:
     commits = sum(1 for _ in (finished / "manifest").rglob("*.json")) * 2
     kills = 0
-    for n in np.random.default_rng(5).integers(commits // 6, commits // 2, 20):
+    for n in np.random.default_rng(5).integers(commits // 4, commits // 2, 20):
         command = [sys.executable, "-c", CRASHING, str(n), "run", str(recipe_path), "--out", str(tmp_path), "--json"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         if ended.returncode == 0:

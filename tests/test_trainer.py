@@ -153,12 +153,7 @@ def test_whether_a_model_learnt_is_told_after_enough_steps(validation, steps, ra
     assert trainer.train(data, short, 0, 50).learnt is learnt
 
 
-_TRIMMED = pytest.mark.xfail(strict=True, reason="a cut prompt's first space is not counted", raises=AssertionError)
-
-
-@pytest.mark.parametrize(
-    ("mask_prompt", "trim"), [(True, False), (False, False), pytest.param(False, True, marks=_TRIMMED)]
-)
+@pytest.mark.parametrize(("mask_prompt", "trim"), [(True, False), (False, False), (False, True)])
 def test_bits_per_byte_are_those_of_the_predicted_text(rows, pieces, mask_prompt, trim):
     tokenizer = models.load_tokenizer(str(QUICKSTART / "models" / "tokenizer"))
     if trim:  # as that of GPT-NeoX: the offsets of a token leave its space out

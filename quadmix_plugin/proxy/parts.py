@@ -41,12 +41,12 @@ def measured(result: TrainResult, sets: Sequence[ValidationSet]) -> dict[str, An
     }
 
 
-def to_do(step: Step, path: str) -> bool:
-    """Whether a part is missing, or failed for a cause that need not lie in its θ."""
+def to_do(step: Step, path: str, session: str) -> bool:
+    """Whether a part is missing, or failed in another session for a cause that need not lie in its θ."""
     if step.entry(path) is None:
         return True
     part = step.read_json(path)
-    return "failure" in part and not part.get("final", False)
+    return "failure" in part and not part.get("final", False) and part.get("session") != session
 
 
 def flat_row(part: dict[str, Any]) -> dict[str, Any]:

@@ -234,4 +234,4 @@ def _last(text: str, encoding: Any, kept: int) -> str:
     """The text of the last ``kept`` tokens."""
     if kept == len(encoding.ids):
         return text
-    return text[encoding.offsets[-kept][0] :] if kept else ""
+    return text[encoding.offsets[-kept - 1][1] :] if kept else ""  # a token's own beginning may leave out its space
