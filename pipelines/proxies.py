@@ -2,7 +2,6 @@
 
 import logging
 import time
-import uuid
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def proxies(run: Run) -> None:
         matched=_matched(run),
         weights_seed=recipe.seed,
         eval_at=tuple(recipe.proxy.curve_at),
-        session=uuid.uuid4().hex,
         per_gpu=recipe.proxy.per_gpu,
     )
     rule = _train_all(run, step, train, thetas)
@@ -176,7 +174,8 @@ def _matched(run: Run) -> MatchedEpochs | None:
     recipe = run.recipe
     if not recipe.proxy.match_epochs:
         return None
-    selected = recipe.select.target_tokens or int(run.table.tokens.sum())
+    most_copies = 2**recipe.space.eta_max + recipe.space.epsilon_max
+    selected = recipe.select.target_tokens or int(run.table.tokens.sum() * most_copies)
     most = recipe.proxy.tokens * selected / recipe.pretrain.tokens
     trainer = registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, "proxy.options")
     batch = getattr(trainer, "batch_size", 1) * trainer.context

@@ -30,15 +30,17 @@ def halving_rule(run: Run, step: Step, pilot: list[int]) -> HalvingRule | None:
         parts = [part for n in pilot if "failure" not in (part := step.read_json(part_path(n)))]
         at, final = _losses_at(parts, run.recipe.proxy.curve_at)
         try:
-            content = HalvingRule.fit(at, final, _weights(run, final)).to_dict()
+            rule = HalvingRule.fit(at, final, _weights(run, final))
         except InputError as error:
-            content = {"refused": f"{len(parts)} of {len(pilot)} pilot proxies could be trained: {error}"}
-        step.write_json(_HALVING, content)
-    content = step.read_json(_HALVING)
-    if "refused" in content:
-        logger.warning("successive halving stops nothing: %s", content["refused"])
-        return None
-    return HalvingRule.from_dict(content)
+            logger.warning(
+                "successive halving stops nothing: %d of %d pilot proxies could be trained: %s",
+                len(parts),
+                len(pilot),
+                error,
+            )
+            return None
+        step.write_json(_HALVING, rule.to_dict())
+    return HalvingRule.from_dict(step.read_json(_HALVING))
 
 
 def final_part(part: dict[str, Any], rule: HalvingRule | None) -> dict[str, Any]:

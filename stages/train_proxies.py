@@ -8,6 +8,7 @@ recorded with its reason and left out of the fit.
 import logging
 import os
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -74,7 +75,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     weights_seed: int = 0
     eval_at: tuple[float, ...] = ()
     halving: dict[str, Any] | None = None
-    session: str = "one"
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
     per_gpu: int = 1
     name: str = "train_proxies"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
@@ -138,7 +139,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
             except InputError as error:  # the same again the next time
                 reason, final = str(error), True
                 break
-            except Exception as error:  # diverged, or whatever a trainer raises: this θ only
+            except (Exception, SystemExit) as error:  # diverged, or whatever a trainer raises: this θ only
                 _leave_spoilt_process(error)
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("proxy %s, attempt %s: %s", number, tries, reason)
@@ -215,7 +216,7 @@ def trainer_resources(trainer: str, options: dict[str, Any], per_gpu: int = 1) -
     return Resources(cpus=cores, gpus=1.0 / per_gpu if device.startswith("cuda") else 0.0)
 
 
-def _leave_spoilt_process(error: Exception) -> None:
+def _leave_spoilt_process(error: BaseException) -> None:
     """After an error that spoils a process' CUDA context nothing trains there: Dask starts another, a run ends."""
     if "CUDA error" not in str(error):
         return
