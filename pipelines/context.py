@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -255,6 +255,12 @@ def executor_of(recipe: Recipe, n_workers: int | None = None) -> BaseExecutor:
             # Workers that share one GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
             options |= {"n_workers": section.workers or n_workers or 1, "worker_resources": {"GPU": 1}}
     return make_executor(section.name, options)
+
+
+def trainer_options(run: Run, trainer: str, options: dict) -> dict:
+    """The trainer's options, with the device of the recipe unless they name one or the trainer has no such option."""
+    has_device = any(option.name == "device" for option in fields(registry.load("trainers", trainer)))
+    return {"device": run.recipe.executor.device, **options} if has_device else options
 
 
 def _proxy_context(recipe: Recipe) -> dict[str, Any]:

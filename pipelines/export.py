@@ -11,7 +11,7 @@ import pyarrow as pa
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.label import run_over_documents
-from quadmix_plugin.pipelines.proxies import pool_prefixes
+from quadmix_plugin.pipelines.proxy_data import pool_prefixes
 from quadmix_plugin.pipelines.select import QUADMIX, baseline_copies, selected_copies
 from quadmix_plugin.stages import ExportTokens
 from quadmix_plugin.stages.export_tokens import pair_entry, vocabulary_of, write_selection

@@ -11,10 +11,10 @@ from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe
+from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe, trainer_options
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
-from quadmix_plugin.pipelines.proxies import tokenised_rows, trainer_options
+from quadmix_plugin.pipelines.proxy_data import tokenised_rows
 from quadmix_plugin.proxy.parts import PARTS
 from quadmix_plugin.proxy.trial import measure, trial_options
 from quadmix_plugin.proxy.validation import validation_sets

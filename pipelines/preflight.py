@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.pipelines.context import Run, trainer_options
 from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
-from quadmix_plugin.pipelines.proxies import trainer_options
 from quadmix_plugin.pipelines.select import frozen_rank_map
+from quadmix_plugin.proxy.training import tokens_per_batch
 from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
 from quadmix_plugin.stages import DomainClassify, QualityScore
 from quadmix_plugin.stages.export_tokens import end_of_document
@@ -88,10 +88,9 @@ def _context(run: Run, name: str) -> int:
     try:
         trainer_resources(section.trainer, trainer_options(run, section.trainer, section.options))
         trainer = registry.create("trainers", section.trainer, section.options)
-        context = trainer.context
+        context, batch = trainer.context, tokens_per_batch(trainer)
     except InputError as error:
         raise RecipeError(f"{name}.options: {error}") from error
-    batch = getattr(trainer, "batch_size", 1) * context
     if -(-section.tokens // context) * context < batch:
         raise RecipeError(
             f"{name}.tokens: {section.tokens:,} are fewer than one batch of {batch:,}; raise it, or lower "

@@ -6,9 +6,9 @@ import pyarrow as pa
 from nemo_curator.pipeline import Pipeline
 
 from quadmix_plugin.errors import QuadmixError
-from quadmix_plugin.pipelines.context import Run
+from quadmix_plugin.pipelines.context import Run, trainer_options
 from quadmix_plugin.pipelines.export import TRAIN
-from quadmix_plugin.pipelines.proxies import trainer_options, write_validation
+from quadmix_plugin.pipelines.proxy_data import write_validation
 from quadmix_plugin.pipelines.select import QUADMIX
 from quadmix_plugin.proxy.parts import merge_parts
 from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_part_path, pretrain_tasks

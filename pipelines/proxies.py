@@ -1,9 +1,7 @@
 """Step 2: the token pool, parameters drawn by Algorithm 1, one proxy model for each, and the noise of their losses."""
 
-import logging
 import time
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,36 +9,23 @@ from nemo_curator.pipeline import Pipeline
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.megatron import check_tokens
-from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.parameters import sample_parameter_vectors
-from quadmix_plugin.pipelines.context import Run
-from quadmix_plugin.pipelines.label import run_over_documents
-from quadmix_plugin.pipelines.proxy_trust import (
-    DRAW,
-    REPEAT,
-    fidelity_report,
-    final_part,
-    halving_rule,
-    noise_report,
-)
+from quadmix_plugin.pipelines.context import Run, trainer_options
+from quadmix_plugin.pipelines.lowest_loss import LowestLoss
+from quadmix_plugin.pipelines.proxy_data import pool_prefixes, require_pool, write_pool, write_validation
+from quadmix_plugin.pipelines.proxy_trust import fidelity_report, final_part, halving_rule, noise_report
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import PARTS, merge_parts, part_path, to_do
-from quadmix_plugin.proxy.pool import TokenPool
+from quadmix_plugin.proxy.parts import DRAW, REPEAT, merge_parts, part_path, to_do
 from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxyTable
-from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
+from quadmix_plugin.proxy.training import tokens_per_batch
 from quadmix_plugin.search.features import FeatureMap
-from quadmix_plugin.stages import ExportTokens, TrainProxies
-from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
+from quadmix_plugin.stages import TrainProxies
 from quadmix_plugin.stages.train_proxies import proxy_tasks
 from quadmix_plugin.store import Step
 
-logger = logging.getLogger(__name__)
-
-POOL, THINNING = "proxies/pool", "proxies/thinning.json"
+THINNING = "proxies/thinning.json"
 _SPARE = 1.05  # of the tokens of the smallest selection over those of a proxy, for the luck of the draw
-_LOOKED_AT = 1 << 20  # ids of the pool, from the beginnings of its files
 
 
 def proxies(run: Run) -> None:
@@ -64,7 +49,7 @@ def proxies(run: Run) -> None:
     if step.entry("proxies/table.parquet") is None:
         step.write_table("proxies/table.parquet", ProxyTable.of(run.table, run.normalised).to_arrow())
     pool = pool_prefixes(run)
-    _require_pool(run, pool, vocabulary)
+    require_pool(run, pool, vocabulary)
     train = TrainProxies(
         step=step,
         table=str(step.read_path("proxies/table.parquet")),
@@ -118,58 +103,6 @@ def _workers(run: Run, train: TrainProxies) -> int | None:
     return max(CPU_COUNT // int(train.resources.cpus), 1) if train.resources.cpus > 1 else None
 
 
-class LowestLoss:
-    """Progress of the training with the lowest mean loss until now; each ended proxy is read once."""
-
-    def __init__(self, run: Run, step: Step, numbers: list[int]):
-        self._run, self._step = run, step
-        self._open = {Path(part_path(number)).name: number for number in numbers}
-        self._lowest: tuple[float, int] | None = None
-
-    def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
-        """Passes progress on, with the proxy of the lowest loss, the tasks weighed as in the objective."""
-        written = {path.name for path in (self._step.root / PARTS).glob("*.json")}
-        for name in written & self._open.keys():
-            if self._step.entry(PARTS + name) is not None:
-                self._read(self._open.pop(name))
-        said = f"lowest loss {self._lowest[0]:.3f} (proxy {self._lowest[1]})" if self._lowest else note
-        self._run.progress(stage, done, total, said)
-
-    def _read(self, number: int) -> None:
-        part = self._step.read_json(part_path(number))
-        if part.get("share") != 1.0:
-            return
-        losses, weights = part["losses"], self._run.recipe.search.objective or dict.fromkeys(part["losses"], 1)
-        value = sum(weights.get(task, 0) * loss for task, loss in losses.items()) / sum(weights.values())
-        self._lowest = min(self._lowest or (value, number), (value, number))
-
-
-def _require_pool(run: Run, prefixes: list[str], vocabulary: int) -> None:
-    """Looks at the token files before any proxy is trained.
-
-    Raises:
-        InputError: a truncated file, ids of another vocabulary, no text, or fewer tokens than one batch.
-    """
-    pool = TokenPool.open(prefixes)
-    each = _LOOKED_AT // len(pool.files)
-    beginnings = [np.array(file.tokens[: max(each, 1)]) for file in pool.files]
-    settings, tokens = run.recipe.proxy, int(pool.lengths.sum())
-    trainer = registry.create("trainers", settings.trainer, settings.options, "proxy.options")
-    batch = getattr(trainer, "batch_size", 1) * trainer.context
-    if tokens <= batch:
-        raise InputError(
-            f"{run.directory.root}: the pool has {tokens:,} tokens, a batch {batch:,}; give a larger corpus, or lower "
-            f"batch_size or context under proxy.options"
-        )
-    for prefix, ids in zip(prefixes, beginnings, strict=True):
-        if ids.size and int(ids.max()) >= vocabulary:
-            raise InputError(
-                f"{prefix}.bin: an id of {int(ids.max())}, the vocabulary has {vocabulary}; use the tokenizer that "
-                f"wrote it"
-            )
-    check_tokens(np.concatenate(beginnings), vocabulary, f"{run.directory.root / POOL}")
-
-
 def _matched(run: Run) -> MatchedEpochs | None:
     recipe = run.recipe
     if not recipe.proxy.match_epochs:
@@ -177,8 +110,7 @@ def _matched(run: Run) -> MatchedEpochs | None:
     most_copies = 2**recipe.space.eta_max + recipe.space.epsilon_max
     selected = recipe.select.target_tokens or int(run.table.tokens.sum() * most_copies)
     most = recipe.proxy.tokens * selected / recipe.pretrain.tokens
-    trainer = registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, "proxy.options")
-    batch = getattr(trainer, "batch_size", 1) * trainer.context
+    batch = tokens_per_batch(registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, "proxy.options"))
     if most < batch:
         raise InputError(
             f"proxy.match_epochs: a proxy of {recipe.proxy.tokens:,} tokens at the repetition of a final run of "
@@ -188,61 +120,6 @@ def _matched(run: Run) -> MatchedEpochs | None:
     return MatchedEpochs(
         recipe.proxy.tokens, recipe.pretrain.tokens, recipe.select.target_tokens, run.seed_for("matched epochs")
     )
-
-
-def write_validation(run: Run, step: Step) -> tuple[int, int]:
-    """Tokenises the validation rows once, as ``<step>/validation.parquet``; returns vocabulary and end-of-document id.
-
-    Raises:
-        InputError: as ``read_rows`` and ``tokenise_rows``.
-    """
-    recipe = run.recipe
-    tokenizer = load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision)
-    eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
-    if step.entry(f"{step.name}/validation.parquet") is None:
-        settings = getattr(recipe, "pretrain" if step.name == "pretrain" else "proxy")
-        context = registry.create("trainers", settings.trainer, settings.options, f"{step.name}.options").context
-        table = tokenised_rows(run, context)
-        if cut := sum(table["truncated"].to_pylist()):
-            logger.warning(
-                "validation: %d of %d rows are longer than the context of %d tokens and are cut, the beginning of the "
-                "prompt first", cut, table.num_rows, context,
-            )  # fmt: skip
-        step.write_table(f"{step.name}/validation.parquet", table)
-    return vocabulary_of(tokenizer), eod
-
-
-def tokenised_rows(run: Run, context: int) -> pa.Table:
-    """The validation rows of the recipe as ids, for models of this context; raises as ``write_validation``."""
-    recipe, section = run.recipe, run.recipe.validation
-    tokenizer = load_tokenizer(recipe.tokenizer.model, recipe.tokenizer.revision)
-    eod = end_of_document(tokenizer, recipe.tokenizer.eod, recipe.tokenizer.model)
-    rows = read_rows(run.validation_files, section.prompt, section.response, section.task)
-    return tokenise_rows(choose_rows(rows, section.rows_per_task), tokenizer, eod, context, section.mask_prompt)
-
-
-def write_pool(run: Run, step: Step, below: float = 1.0) -> None:
-    """Tokenises every document of the score table whose u is ``below``, once; one pair of token files per shard."""
-    tokenizer, normalised = run.recipe.tokenizer, run.require("normalise")
-    export = ExportTokens(
-        step=step,
-        tokenizer=tokenizer.model,
-        revision=tokenizer.revision,
-        eod=tokenizer.eod,
-        folder=POOL,
-        kept=normalised if (normalised.summary() or {}).get("dropped") else None,
-        below=below,
-        seed=run.recipe.seed,
-    )
-    done = frozenset(shard for shard in run.label_shards if pair_entry(step, f"{POOL}/{shard}") is not None)
-    if len(done) < len(run.label_shards):
-        run_over_documents(run, [export], done)
-
-
-def pool_prefixes(run: Run) -> list[str]:
-    """The pool's pairs in the order of the score table."""
-    step = run.step("proxies")
-    return [str(step.read_path(f"{POOL}/{shard}.idx").with_suffix("")) for shard in run.label_shards]
 
 
 def _draws(run: Run, step: Step, thetas: pa.Table) -> Draws:
@@ -262,12 +139,6 @@ def _draws(run: Run, step: Step, thetas: pa.Table) -> Draws:
         step.write_json(THINNING, {"thin": thin, "below": below, "fewest_selected_tokens": fewest})
     facts = step.read_json(THINNING)
     return replace(draws, thin=facts["thin"], below=facts["below"])
-
-
-def trainer_options(run: Run, trainer: str, options: dict) -> dict:
-    """The trainer's options, with the device of the recipe unless they name one or the trainer has no such option."""
-    has_device = any(option.name == "device" for option in fields(registry.load("trainers", trainer)))
-    return {"device": run.recipe.executor.device, **options} if has_device else options
 
 
 def _thetas(run: Run) -> pa.Table:

@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.proxy.fidelity import HalvingRule, agreement
-from quadmix_plugin.proxy.parts import LOSS_PREFIX, part_path
+from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, REPEAT, part_path
 from quadmix_plugin.search.evaluation import noise
 from quadmix_plugin.store import Step
 
 logger = logging.getLogger(__name__)
-
-DRAW, REPEAT = "draw", "repeat"
 
 _HALVING = "proxies/halving.json"
 

@@ -13,7 +13,7 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
-from quadmix_plugin.proxy.parts import LOSS_PREFIX
+from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX
 from quadmix_plugin.search.evaluation import CrossValidation, Metrics, cross_validate
 from quadmix_plugin.search.features import features
 from quadmix_plugin.search.proposals import Proposal, propose
@@ -71,9 +71,9 @@ def search(run: Run) -> None:
 def proxy_losses(run: Run) -> tuple[list[int], list[Parameters], dict[str, NDArray[np.float64]]]:
     """Number, θ and losses (task → [T]) of the drawn proxies, in their order; repeats and failed ones left out."""
     step = run.require("proxies")
-    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "=", "draw")]).sort_by("proxy")
+    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "=", DRAW)]).sort_by("proxy")
     table = step.read_table("proxies/losses.parquet")
-    table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == "draw")).sort_by("proxy")
+    table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == DRAW)).sort_by("proxy")
     numbers = table["proxy"].to_pylist()
     drawn = drawn.filter(pa.array(np.isin(drawn["proxy"].to_numpy(), numbers)))
     domains, scorers = run.table.domains, run.table.scorers

@@ -332,8 +332,7 @@ class _Lines:
     def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
         ended = total is not None and done >= total
         now = time.monotonic()
-        begun = self._begun.setdefault(stage, (now, done))
-        if done < begun[1] or done < self._done.get(stage, 0):  # the same stage again, with other work
+        if stage not in self._begun or done < self._done[stage]:  # or the same stage again, with other work
             self._begun[stage] = (now, done)
         self._done[stage] = done
         if ended or now - self._last.setdefault(stage, now) > _SECONDS_BETWEEN_LINES:

@@ -24,7 +24,7 @@ from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import flat_row, measured, part_path, to_do
+from quadmix_plugin.proxy.parts import DRAW, flat_row, measured, part_path, to_do
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxySelection, ProxyTable
@@ -157,7 +157,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
             data.pool, copies, table.domain_ids[data.in_pool], trainer.context, self.tokens, work["seed"],
             trainer.batch_size,
         )  # fmt: skip
-        rule = data.rule if work["kind"] == "draw" else None
+        rule = data.rule if work["kind"] == DRAW else None
         result = trainer.train(
             pieces,
             data.sets,

@@ -23,7 +23,8 @@ from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.executors import InlineExecutor
 from quadmix_plugin.megatron import TokenFile, write_documents
 from quadmix_plugin.pipelines.context import Run, open_run
-from quadmix_plugin.pipelines.proxies import pool_prefixes, proxies, write_pool
+from quadmix_plugin.pipelines.proxies import proxies
+from quadmix_plugin.pipelines.proxy_data import pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps, steps_until
 from quadmix_plugin.pipelines.search import search
 from quadmix_plugin.proxy.parts import part_path

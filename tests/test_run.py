@@ -23,7 +23,8 @@ from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.pipelines.context import STEPS, Run, open_run
 from quadmix_plugin.pipelines.label import label
 from quadmix_plugin.pipelines.normalise import normalise
-from quadmix_plugin.pipelines.proxies import _finish, pool_prefixes, write_pool
+from quadmix_plugin.pipelines.proxies import _finish
+from quadmix_plugin.pipelines.proxy_data import pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps
 from quadmix_plugin.pipelines.search import search
 from quadmix_plugin.pipelines.select import _baselines

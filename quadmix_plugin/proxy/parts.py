@@ -14,6 +14,8 @@ from quadmix_plugin.store import Step
 
 LOSS_PREFIX, BITS_PREFIX = "loss_", "bpb_"
 PARTS = "proxies/parts/"
+DRAW, REPEAT = "draw", "repeat"
+"""Kinds of proxies: of a θ as drawn, and of one of these θ once more under another seed."""
 
 _NATS_PER_BIT = float(np.log(2.0))
 

@@ -6,7 +6,6 @@ trains on a fixed number of threads, so that a result has the same bits whatever
 """
 
 import contextlib
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from quadmix_plugin.proxy.model import Decoder, Shape
-
-logger = logging.getLogger(__name__)
 
 Stop = Callable[[float, dict[str, float]], bool]
 """Whether to stop here: the share of the steps taken, and the validation losses now."""
@@ -63,8 +60,8 @@ class TrainResult:
     """A trained model and what was measured.
 
     ``losses``: nats per token by task, at the end or where training was stopped; ``share`` of the steps taken (1.0
-    unless stopped); ``learnt``: whether the training loss ended below
-    ``unigram_entropy`` (nats), None after too few steps to expect that.
+    unless stopped); ``learnt``: whether the training loss ended below ``unigram_entropy`` (nats), None after too few
+    steps to expect that.
     """
 
     losses: dict[str, float]
@@ -237,6 +234,11 @@ class Trainer(ABC):
         progress = (step + 1 - rising) / max(steps - rising, 1)
         left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * left)
+
+
+def tokens_per_batch(trainer: Any) -> int:
+    """Training tokens of one update of a trainer, whoever wrote it."""
+    return getattr(trainer, "batch_size", 1) * trainer.context
 
 
 def _check(pieces: PieceSource, vocabulary: int) -> float:
