@@ -264,12 +264,18 @@ def trainer_options(run: Run, trainer: str, options: dict) -> dict:
 
 
 def _proxy_context(recipe: Recipe) -> dict[str, Any]:
-    """What proxies read of other sections: the final run that they match, the objective by which they are stopped."""
+    """What proxies read of other sections.
+
+    The final run that they match, the objective by which they are stopped, and what proposes θ between rounds.
+    """
     context: dict[str, Any] = {}
     if recipe.proxy.match_epochs:
         context |= {"pretrain.tokens": recipe.pretrain.tokens, "select.target_tokens": recipe.select.target_tokens}
     if recipe.proxy.fidelity != "full":
         context["search.objective"] = recipe.search.objective
+    if recipe.search.rounds:
+        for name in ("rounds", "objective", "regressor", "options", "features", "exclude_scorers"):
+            context[f"search.{name}"] = getattr(recipe.search, name)
     return context
 
 

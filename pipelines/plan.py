@@ -15,6 +15,7 @@ from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_reci
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.proxy_data import tokenised_rows
+from quadmix_plugin.pipelines.proxy_work import number_of_baselines
 from quadmix_plugin.proxy.parts import PARTS
 from quadmix_plugin.proxy.trial import measure, trial_options
 from quadmix_plugin.proxy.validation import validation_sets
@@ -42,8 +43,7 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
     runs = (len(recipe.select.compare) + 1) * len(recipe.pretrain.seeds)
-    repeats = recipe.proxy.repeated * (recipe.proxy.repeats - 1)
-    proxies = recipe.proxy.number + repeats if "proxies" in run.steps else 0
+    proxies, which = _proxies(recipe) if "proxies" in run.steps else (0, "none; select.theta is given")
     work = {
         "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
         "normalise": f"σ of {len(recipe.scorers)} scorers",
@@ -60,9 +60,7 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
         "quantities": {
             "documents": documents,
             "tokens": f"{tokens:,}" if labelled else f"about {round(tokens, 2 - len(str(tokens))):,}",
-            "proxies": f"{proxies:,} ({recipe.proxy.number:,} θ, and {repeats} repeats of {recipe.proxy.repeated})"
-            if proxies
-            else "none; select.theta is given",
+            "proxies": which,
             "training tokens": f"{proxies * recipe.proxy.tokens:,} of proxies, {runs * recipe.pretrain.tokens:,} of "
             f"the comparison",
             "training": _training(run, proxies, runs, trial),
@@ -70,6 +68,16 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
         },
         "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in run.steps],
     }
+
+
+def _proxies(recipe: Recipe) -> tuple[int, str]:
+    """How many models the proxies are, and how many of which kind."""
+    settings, rounds = recipe.proxy, recipe.search.rounds
+    repeats, baselines = settings.repeated * (settings.repeats - 1), number_of_baselines(recipe)
+    number = settings.number + repeats + baselines
+    said = [f"{settings.number:,} θ" + (f" in rounds of {', '.join(map(str, rounds))}" if rounds else "")]
+    said += [f"{repeats} repeats of {settings.repeated}", f"{baselines} of baselines"]
+    return number, f"{number:,} ({', '.join(said)})"
 
 
 def _state(run: Run, name: str) -> str:

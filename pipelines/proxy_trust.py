@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.proxy.fidelity import HalvingRule, agreement
-from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, REPEAT, part_path
+from quadmix_plugin.proxy.parts import BASELINE, DRAW, LOSS_PREFIX, PROPOSAL, REPEAT, part_path
+from quadmix_plugin.proxy.selection import SELECTION
 from quadmix_plugin.search.evaluation import noise
 from quadmix_plugin.store import Step
 
@@ -41,6 +42,15 @@ def halving_rule(run: Run, step: Step, pilot: list[int]) -> HalvingRule | None:
     return HalvingRule.from_dict(step.read_json(_HALVING))
 
 
+def baseline_losses(run: Run) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Name of a baseline → task → losses of its proxies, one per seed [k]; one that always failed is not in it."""
+    table = run.require("proxies").read_table("proxies/losses.parquet").sort_by("proxy")
+    table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == BASELINE))
+    names = np.array(table[SELECTION].to_pylist())
+    losses = {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in _loss_columns(table)}
+    return {str(name): {task: each[names == name] for task, each in losses.items()} for name in dict.fromkeys(names)}
+
+
 def final_part(part: dict[str, Any], rule: HalvingRule | None) -> dict[str, Any]:
     """A part with its losses at the end: those of a stopped proxy are expected from where it was stopped."""
     if rule is None or part["share"] == 1.0:
@@ -61,7 +71,7 @@ def noise_report(thetas: pa.Table, losses: pa.Table, pilots: int | None = None) 
     whole = np.array(losses["share"].to_pylist()) == 1.0
     repeated = sorted(set(which[kinds == REPEAT]))
     report = {}
-    for name in (name for name in losses.column_names if name.startswith(LOSS_PREFIX)):
+    for name in _loss_columns(losses):
         task, values = name.removeprefix(LOSS_PREFIX), losses[name].to_numpy()
         groups = [values[(which == theta) & whole] for theta in repeated]
         across = values[(kinds == DRAW) & whole & (np.array(losses["proxy"]) < (pilots or np.inf))]
@@ -71,20 +81,24 @@ def noise_report(thetas: pa.Table, losses: pa.Table, pilots: int | None = None) 
 
 
 def fidelity_report(run: Run, step: Step, numbers: list[int], rule: HalvingRule | None) -> dict[str, Any]:
-    """Rank agreement before the end, what stopping saved, and how many models learnt nothing from context."""
+    """Rank agreement before the end, what stopping saved, and how many models learnt nothing from context.
+
+    ``numbers`` of the proxies with a θ. Ranks are those of the draws alone: what was proposed lies closer together.
+    """
     parts = [part for n in numbers if "failure" not in (part := step.read_json(part_path(n)))]
     drawn = [part for part in parts if part["kind"] == DRAW]
+    trained = [part for part in parts if part["kind"] in (DRAW, PROPOSAL)]
     fair = drawn if rule is None else [part for part in drawn if part["proxy"] < run.recipe.proxy.pilots]
     at, final = _losses_at(fair, run.recipe.proxy.curve_at)
-    stopped = [part for part in drawn if part["share"] < 1.0]
+    stopped = [part for part in trained if part["share"] < 1.0]
     return {
         "agreement": {
             task: {str(share): value for share, value in by_share.items()}
             for task, by_share in agreement(at, final).items()
         },
-        "proxies_in_full": len(drawn) - len(stopped),
+        "proxies_in_full": len(trained) - len(stopped),
         "stopped": {str(s): sum(p["share"] == s for p in stopped) for s in sorted({p["share"] for p in stopped})},
-        "trained_share": float(np.mean([part["share"] for part in drawn])) if drawn else 1.0,
+        "trained_share": float(np.mean([part["share"] for part in trained])) if trained else 1.0,
         "expected_share": rule.expected_cost if rule else 1.0,
         "forecast_errors": _forecast_errors(rule),
         "not_learnt": sum(part["learnt"] is False for part in parts),
@@ -112,3 +126,7 @@ def _forecast_errors(rule: HalvingRule | None) -> dict[str, Any]:
     if rule is None:
         return {}
     return {str(rung.share): {task: line.error for task, line in rung.forecasts.items()} for rung in rule.rungs}
+
+
+def _loss_columns(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name.startswith(LOSS_PREFIX)]

@@ -1,5 +1,6 @@
 """Step 7: report.html over whatever the run directory holds; it makes nothing that is not already there."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
+from quadmix_plugin.pipelines.search_figures import WAYS, search_drawings
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
 from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.report import (
@@ -130,14 +132,18 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
     step = run.step("search")
     metrics = step.read_json("search/metrics.json")
     optimum = metrics["optimum"]
-    weights = {task: weight for task, weight in optimum["objective"]["weights"].items() if weight > 0}
+    weights = {task: weight for task, weight in optimum["objective_of"]["weights"].items() if weight > 0}
     best = optimum["best_proxy"]
+    gain = metrics["gain"]
     facts = {
-        "regressor": run.recipe.search.regressor,
+        "regressor": _regressor(run, metrics["chosen"]),
         "features": run.recipe.search.features,
+        "method": WAYS[_own_way(optimum)],
         "draws predicted": optimum["draws"],
         "draws averaged": len(optimum["top"]),
     }
+    if metrics["excluded_scorers"]:
+        facts["scorers excluded"] = ", ".join(metrics["excluded_scorers"])
     return {
         **found,
         "predictions": step.read_table("search/predictions.parquet"),
@@ -146,9 +152,39 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
             "objective": {**metrics["objective"], "mae": metrics["objective"]["mae_loss"]},
         },
         "search": SearchOutcome(
-            weights, _weighted(optimum["losses"], weights), _weighted(best["losses"], weights), best["number"], facts
+            weights, gain["predicted"]["loss"], _weighted(best["losses"], weights), best["number"], facts
         ),
+        "drawings": search_drawings(step),
+        "methods": _methods(optimum, weights),
+        "gate": gain,
     }
+
+
+def _own_way(optimum: dict[str, Any]) -> str:
+    return "trust_region" if optimum["method"] == "trust_region" else "draws"
+
+
+def _regressor(run: Run, chosen: dict[str, str]) -> str:
+    """The recipe's regressor, and which ones ``auto`` chose for how many tasks."""
+    name, each = run.recipe.search.regressor, Counter(chosen.values())
+    return f"{name} ({', '.join(f'{model} for {n} tasks' for model, n in each.items())})" if each else name
+
+
+def _methods(optimum: dict[str, Any], weights: dict[str, float]) -> list[dict[str, Any]]:
+    """Every way to θ with its predicted loss and interval; what was measured of the best proxy."""
+    own = _own_way(optimum)
+    rows = [
+        {
+            "name": f"{WAYS[name]}{' (θ*)' if name == own else ''}",
+            "predicted": way["interval"]["loss"],
+            "low": way["interval"]["low"],
+            "high": way["interval"]["high"],
+        }
+        for name, way in sorted(optimum["ways"].items(), key=lambda item: item[0] != own)
+    ]
+    best, seen = optimum["best_proxy"], optimum["best_proxy_predicted"]
+    losses = {name: _weighted(each["losses"], weights) for name, each in (("real", best), ("predicted", seen))}
+    return [*rows, {"name": f"best observed proxy ({best['number']})", **losses}]
 
 
 def _weighted(losses: dict[str, float], weights: dict[str, float]) -> float:
@@ -183,6 +219,13 @@ def _warnings(run: Run, done: set[str]) -> list[str]:
         warnings += _rank_warnings(run)
     if "proxies" in done:
         warnings += _proxy_warnings(run.step("proxies"))
+    if "search" in done:
+        gated = run.step("search").read_json("search/metrics.json")["gated_out"]
+        warnings += [
+            f"{task} has no weight in the objective: its signal to noise over the proxies is {ratio:.1f}, below "
+            f"search.min_signal_to_noise {run.recipe.search.min_signal_to_noise:g}."
+            for task, ratio in gated.items()
+        ]
     return warnings
 
 

@@ -49,6 +49,20 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     }
 
 
+def run_ablation(run: Run, scorers: Sequence[str]) -> dict[str, Any]:
+    """Searches without these scorers, beside the run's own search; returns what the command line prints."""
+    from quadmix_plugin.pipelines.search import ablate
+
+    if "search" not in run.steps:
+        raise UsageError("select.theta is given in the recipe, so nothing is searched; leave it out to search")
+    started = time.monotonic()
+    run.require("proxies")
+    step = ablate(run, scorers)
+    seconds = round(time.monotonic() - started, 2)
+    headline = f"{step.name}  {seconds:.1f} s  {(step.summary() or {})['headline']}"
+    return {"seconds": {step.name: seconds}, "headlines": [headline], "verdict": None, "report": None}
+
+
 def step_function(name: str) -> Callable[[Run], None]:
     """The function of a step; its module is imported only when it runs."""
     return getattr(import_module(f"quadmix_plugin.pipelines.{name}"), name)

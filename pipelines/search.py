@@ -1,7 +1,8 @@
-"""Step 3: a regressor from parameters to losses, its cross-validated error, and θ*."""
+"""Step 3: a regressor from parameters to losses, its error on unseen ones, θ*, and the gain to expect of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,70 +11,152 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
-from quadmix_plugin.errors import InputError
+from quadmix_plugin.errors import InputError, UsageError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
-from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX
-from quadmix_plugin.search.evaluation import CrossValidation, Metrics, cross_validate
-from quadmix_plugin.search.features import features
-from quadmix_plugin.search.proposals import Proposal, propose
+from quadmix_plugin.pipelines.expected_gain import expected_gain, prediction_of
+from quadmix_plugin.pipelines.search_figures import write_figures
+from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, PROPOSAL
+from quadmix_plugin.search.evaluation import CrossValidation, Metrics, bootstrap_intervals, cross_validate
+from quadmix_plugin.search.features import FeatureMap
+from quadmix_plugin.search.gain import weighted
+from quadmix_plugin.search.insight import Importance, error_by_rows, importance
+from quadmix_plugin.search.optimise import TrustRegion
+from quadmix_plugin.search.proposals import Proposal, SearchSettings, propose
 from quadmix_plugin.search.regressors import Regressor
+from quadmix_plugin.search.spaces import ThetaSpace
+from quadmix_plugin.search.token_constraint import TokenConstraint
+from quadmix_plugin.store import Step, content_key
 
 _TRUSTED = 0.4
 """Below this rank correlation the search orders unseen θ hardly better than chance (48 proxies: p = .005)."""
 
+_COMPARED = ("gp", "lightgbm", "svr-linear", "svr-rbf")
+_KEPT_DRAWS = 5_000  # predictions that are written; the front is written whole
+
 
 def search(run: Run) -> None:
-    """Writes ``search/theta.json``, ``predictions.parquet``, ``metrics.json`` and ``regressor.txt``.
+    """Writes θ*, its expected gain, the fit's errors and the figures under ``search/``.
 
     Raises:
         InputError: an objective that names a task without losses, or losses that cannot be learned from.
     """
     step = run.step("search")
-    if step.is_done:
-        return
-    started = time.monotonic()
-    settings = run.recipe.search
-    numbers, thetas, losses = proxy_losses(run)
-    if unknown := sorted(set(settings.objective) - set(losses)):
-        raise InputError(f"search.objective: no losses for {', '.join(unknown)}; tasks are {', '.join(sorted(losses))}")
-    x, _ = features(thetas, run.table, run.normalised, settings.features)
-    judged = cross_validate(_maker(run), x, losses, folds=settings.folds, seed=run.seed_for("folds"))
-    proposal = propose(
-        thetas,
-        losses,
-        run.table,
-        run.normalised,
-        _maker(run),
-        weights=settings.objective or None,
-        features=settings.features,
-        space=run.recipe.space.to_parameter_space(),
-        draws=settings.draws,
-        top=settings.top,
-        average=settings.average,
-        seed=run.seed_for("search"),
-        progress=lambda done: run.progress("search", done, settings.draws),
-    )
-    step.write_json("search/theta.json", proposal.theta.to_dict())
-    step.write_table("search/predictions.parquet", _predictions(judged, numbers))
-    step.write_json("search/metrics.json", _metrics(judged, proposal, numbers))
-    text = "\n".join(f"# {task}\n{regressor.to_text()}" for task, regressor in proposal.regressors.items())
-    step.write_text("search/regressor.txt", text)
-    objective = _objective_metrics(judged, proposal)
-    guess = objective.spearman < _TRUSTED
-    doubt = " — little better than a guess: train more proxies, or on more tokens" if guess else ""
-    step.finish(
-        seconds=round(time.monotonic() - started, 2),
-        headline=f"θ* from {settings.draws:,} draws; cross-validated Spearman {objective.spearman:.2f}{doubt}",
-    )
+    if not step.is_done:
+        _Search(run, step, "search", tuple(run.recipe.search.exclude_scorers)).write()
+
+
+def ablate(run: Run, scorers: Sequence[str]) -> Step:
+    """Searches again with these scorers' weights forced to 0, beside the run's own search: the paper's ablation.
+
+    Writes the same files under ``search/without-<scorer>…/``; the proxies are those of the run.
+
+    Raises:
+        UsageError: a scorer that the recipe does not have, or all of them.
+    """
+    recipe = run.recipe
+    if unknown := [name for name in scorers if name not in recipe.scorers]:
+        raise UsageError(f"--exclude-scorer {unknown[0]}: not among scorers ({', '.join(recipe.scorers)})")
+    excluded = tuple(name for name in run.scorers if name in (*scorers, *recipe.search.exclude_scorers))
+    if len(excluded) == len(recipe.scorers):
+        raise UsageError("--exclude-scorer: every scorer is excluded; leave at least one")
+    name = f"without-{'-'.join(excluded)}"
+    step = run.directory.step(f"search-{name}", content_key("ablation", list(excluded), run.keys["search"]))
+    if not step.is_done:
+        _Search(run, step, f"search/{name}", excluded).write()
+    return step
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search and the folder that its artifacts go to."""
+
+    run: Run
+    step: Step
+    folder: str
+    excluded: tuple[str, ...]
+
+    def write(self) -> None:
+        run, step, started = self.run, self.step, time.monotonic()
+        numbers, thetas, losses = proxy_losses(run)
+        weights, gated = gated_weights(run, losses)
+        columns = FeatureMap.of(run.table, run.normalised, run.recipe.search.features)
+        space, points = self._space(columns), columns.vectors(thetas)
+        x = columns.features(points)
+        judged = self._judge(x, losses)
+        proposal = self._propose(space, points, losses, weights)
+        names, objective = columns.names(), proposal.objective.value(losses)
+        learning = error_by_rows(_makers(), x, objective, seed=run.seed_for("learning curve"))
+        matters = importance(_maker(run), x, objective, names, seed=run.seed_for("importance"))
+        expected = expected_gain(run, proposal, judged, self._theta(proposal))
+        self._write_tables(proposal, judged, numbers, matters)
+        metrics = _metrics(judged, proposal, numbers)
+        metrics |= {"gated_out": gated, "excluded_scorers": list(self.excluded), "gain": expected}
+        metrics["error_by_proxies"] = {
+            name: {"proxies": sizes.tolist(), "mae": error.tolist()} for name, (sizes, error) in learning.items()
+        }
+        step.write_json(f"{self.folder}/metrics.json", metrics)
+        write_figures(step, self.folder, proposal.theta, run.step("proxies").read_json("proxies/noise.json"))
+        step.finish(seconds=round(time.monotonic() - started, 2), headline=_headline(judged, proposal, gated, expected))
+
+    def _space(self, columns: FeatureMap) -> ThetaSpace:
+        recipe = self.run.recipe
+        constraint = None
+        if recipe.search.at_budget and recipe.select.target_tokens:
+            constraint = TokenConstraint.of(self.run.table.domain_tokens, recipe.select.target_tokens)
+        excluded = tuple(columns.scorers.index(name) for name in self.excluded)
+        return ThetaSpace(columns, recipe.space.to_parameter_space(), excluded, constraint)
+
+    def _judge(self, x: NDArray[np.float64], losses: dict[str, Any]) -> dict[str, CrossValidation]:
+        settings = self.run.recipe.search
+        repeats = 1 if settings.regressor == "auto" else 3  # auto cross-validates within each fold as well
+        seed = self.run.seed_for("folds")
+        return cross_validate(_maker(self.run), x, losses, folds=settings.folds, repeats=repeats, seed=seed)
+
+    def _propose(
+        self, space: ThetaSpace, points: NDArray[np.float64], losses: dict[str, Any], weights: dict[str, float]
+    ) -> Proposal:
+        run, settings = self.run, self.run.recipe.search
+        # θ that were trained are features of the fit as they are; only candidates are constrained.
+        return propose(
+            space,
+            points,
+            losses,
+            _maker(run),
+            weights=weights,
+            settings=SearchSettings(
+                settings.method,
+                settings.draws,
+                settings.top,
+                settings.average,
+                TrustRegion(settings.trust_radius, settings.pessimism),
+                run.seed_for("search"),
+            ),
+            progress=lambda done: run.progress("search", done, settings.draws),
+        )
+
+    def _theta(self, proposal: Proposal) -> Parameters:
+        theta = proposal.theta
+        self.step.write_json(f"{self.folder}/theta.json", theta.to_dict())
+        return theta
+
+    def _write_tables(
+        self, proposal: Proposal, judged: dict[str, CrossValidation], numbers: list[int], matters: Importance
+    ) -> None:
+        self.step.write_table(f"{self.folder}/predictions.parquet", _predictions(judged, numbers))
+        self.step.write_table(f"{self.folder}/candidates.parquet", _candidates(proposal))
+        columns = {"feature": list(matters.names), "importance": matters.mean, "sd": matters.sd}
+        self.step.write_table(f"{self.folder}/importance.parquet", pa.table(columns))
+        text = "\n".join(f"# {task}\n{model.to_text()}" for task, model in proposal.surrogate.regressors.items())
+        self.step.write_text(f"{self.folder}/regressor.txt", text)
 
 
 def proxy_losses(run: Run) -> tuple[list[int], list[Parameters], dict[str, NDArray[np.float64]]]:
-    """Number, θ and losses (task → [T]) of the drawn proxies, in their order; repeats and failed ones left out."""
-    step = run.require("proxies")
-    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "=", DRAW)]).sort_by("proxy")
+    """Number, θ and losses (task → [T]) of the drawn and the proposed proxies; repeats and failed ones left out."""
+    step, kinds = run.require("proxies"), (DRAW, PROPOSAL)
+    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "in", kinds)]).sort_by("proxy")
     table = step.read_table("proxies/losses.parquet")
-    table = table.filter(pa.array(np.array(table["kind"].to_pylist()) == DRAW)).sort_by("proxy")
+    table = table.filter(pa.array(np.isin(table["kind"].to_pylist(), kinds))).sort_by("proxy")
     numbers = table["proxy"].to_pylist()
     drawn = drawn.filter(pa.array(np.isin(drawn["proxy"].to_numpy(), numbers)))
     domains, scorers = run.table.domains, run.table.scorers
@@ -82,9 +165,37 @@ def proxy_losses(run: Run) -> tuple[list[int], list[Parameters], dict[str, NDArr
     return numbers, thetas, {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names}
 
 
+def gated_weights(run: Run, losses: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Weight of every task that counts, and signal to noise of those that lose theirs for being too low.
+
+    Where all are too low, or the noise is unknown, none is left out.
+
+    Raises:
+        InputError: an objective that names a task without losses.
+    """
+    settings = run.recipe.search
+    if unknown := sorted(set(settings.objective) - set(losses)):
+        raise InputError(f"search.objective: no losses for {', '.join(unknown)}; tasks are {', '.join(sorted(losses))}")
+    weights = {task: settings.objective.get(task, 0.0 if settings.objective else 1.0) for task in losses}
+    noise = run.step("proxies").read_json("proxies/noise.json")
+    low = {
+        task: noise[task]["signal_to_noise"]
+        for task, weight in weights.items()
+        if weight > 0 and task in noise and noise[task]["signal_to_noise"] is not None
+        if noise[task]["signal_to_noise"] < settings.min_signal_to_noise
+    }
+    if not low or all(task in low for task, weight in weights.items() if weight > 0):
+        return weights, {}
+    return {task: 0.0 if task in low else weight for task, weight in weights.items()}, low
+
+
 def _maker(run: Run) -> Callable[[], Regressor]:
     settings = run.recipe.search
     return lambda: registry.create("regressors", settings.regressor, settings.options, "search.options")
+
+
+def _makers() -> dict[str, Callable[[], Regressor]]:
+    return {name: registry.load("regressors", name) for name in _COMPARED}
 
 
 def _predictions(judged: dict[str, CrossValidation], numbers: list[int]) -> pa.Table:
@@ -102,6 +213,15 @@ def _predictions(judged: dict[str, CrossValidation], numbers: list[int]) -> pa.T
     return pa.concat_tables(parts)
 
 
+def _candidates(proposal: Proposal) -> pa.Table:
+    """Predicted losses of the first draws and of the Pareto front; NaN where a draw selects nothing."""
+    drawn = proposal.drawn
+    rows = np.union1d(np.arange(min(_KEPT_DRAWS, drawn.value.size)), proposal.front)
+    front = np.isin(rows, proposal.front)
+    losses = {f"{LOSS_PREFIX}{task}": values[rows] for task, values in drawn.losses.items()}
+    return pa.table({"draw": rows, "objective": drawn.value[rows], "on_front": front, **losses})
+
+
 def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -> Metrics:
     """The metrics of the weighted objective, in standardised losses; the mean over the repeats, as for the tasks."""
     objective = proposal.objective
@@ -116,17 +236,35 @@ def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -
 
 def _metrics(judged: dict[str, CrossValidation], proposal: Proposal, numbers: list[int]) -> dict[str, Any]:
     tasks = {
-        task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict()} for task, each in judged.items()
+        task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict(), "interval": _intervals(each)}
+        for task, each in judged.items()
     }
-    objective = {**_objective_metrics(judged, proposal).to_dict(), "mae_loss": _mean_loss_error(judged, proposal)}
-    optimum = proposal.to_dict()
+    weights, optimum = proposal.objective.weights, proposal.to_dict()
+    error = np.abs(weighted({task: each.predicted - each.real for task, each in judged.items()}, weights)).mean()
     for best in ("best_proxy", "best_proxy_predicted"):  # a row of the fit; proxies that failed are not in it
         optimum[best]["number"] = numbers[optimum[best]["number"]]
-    return {"targets": tasks, "objective": objective, "optimum": optimum}
+    for name, way in optimum["ways"].items():
+        way["interval"] = prediction_of(proposal.ways[name], judged, proposal.objective).to_dict()
+    chosen = {
+        task: model.chosen  # type: ignore[attr-defined]
+        for task, model in proposal.surrogate.regressors.items()
+        if hasattr(model, "chosen")
+    }
+    objective = {**_objective_metrics(judged, proposal).to_dict(), "mae_loss": float(error)}
+    return {"targets": tasks, "objective": objective, "optimum": optimum, "chosen": chosen}
 
 
-def _mean_loss_error(judged: dict[str, CrossValidation], proposal: Proposal) -> float:
-    """The mean absolute error of the weighted mean loss, in nats per token rather than standardised."""
-    weights = proposal.objective.weights
-    errors = [weights[task] * (judged[task].predicted - judged[task].real) for task in proposal.objective.tasks]
-    return float(np.abs(np.sum(errors, axis=0)).mean())
+def _intervals(judged: CrossValidation) -> dict[str, Any]:
+    return bootstrap_intervals(judged.real, judged.mean_predicted, 0)
+
+
+def _headline(
+    judged: dict[str, CrossValidation], proposal: Proposal, gated: dict[str, float], expected: dict[str, Any]
+) -> str:
+    spearman = _objective_metrics(judged, proposal).spearman
+    doubt = " — little better than a guess: train more proxies, or on more tokens" if spearman < _TRUSTED else ""
+    left = f"; without {', '.join(gated)} (all noise)" if gated else ""
+    return (
+        f"θ* from {proposal.drawn.value.size:,} draws{left}; cross-validated Spearman {spearman:.2f}{doubt}. "
+        f"{expected['verdict']}"
+    )

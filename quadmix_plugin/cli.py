@@ -154,7 +154,35 @@ def _step_command(name: str, steps: tuple[str, ...], text: str) -> None:
 
 _step_command("label", ("label", "normalise"), "Labels every document: domain, quality scores, tokens; and fits σ.")
 _step_command("proxies", ("proxies",), "Trains proxy models on selections under drawn parameters.")
-_step_command("search", ("search",), "Fits a regressor from parameters to losses and finds θ*.")
+
+
+@app.command("search", rich_help_panel="One step of it")
+def search_command(
+    recipe: RecipePath,
+    out: Out = None,
+    set_: Overrides = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude-scorer",
+            metavar="NAME",
+            help="Searches again with this scorer's weights at 0, beside θ*: search/without-NAME/. Can be repeated.",
+        ),
+    ] = None,
+    executor: ExecutorName = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fits a regressor from parameters to losses, finds θ*, and says what gain to expect of it."""
+    _quiet(verbose)
+    from quadmix_plugin.pipelines.run import run_ablation, run_steps
+
+    def work(opened: Any) -> dict[str, Any]:
+        return run_ablation(opened, exclude) if exclude else run_steps(opened, ("search",))
+
+    _run_steps(recipe, out, set_, executor, as_json, work)
+
+
 _step_command("select", ("select",), "Draws the selection under θ*, and those it is compared with.")
 _step_command("export", ("export",), "Writes the selected documents as Megatron .bin/.idx.")
 _step_command("pretrain", ("pretrain",), "Trains the same model on each selection and compares them.")

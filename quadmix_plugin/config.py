@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.parameters import ParameterSpace
@@ -19,6 +19,8 @@ from quadmix_plugin.strict_yaml import read_mapping
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Options = dict[str, Any]
+
+_FIRST_ROUND = 8  # proxies, as many as a search needs in all
 
 
 class Section(BaseModel):
@@ -138,6 +140,8 @@ class Proxy(Section):
     """Seeds of each repeated θ, for the noise estimate; the first is that of the proxy itself."""
     repeated: int = Field(default=3, ge=1)
     """How many θ are repeated, the first drawn."""
+    baselines: int = Field(default=1, ge=0)
+    """Seeds of the proxies trained on Random and on the top-k of each scorer; the gain of θ* is held against them."""
     match_epochs: bool = False
     """Proxies see their documents as often as the final run does: they keep a part of what θ selects."""
     curve_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.1, 0.25, 0.5])
@@ -184,13 +188,34 @@ class Search(Section):
 
     objective: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weight of each task's standardised loss; empty: all tasks equally."""
-    regressor: str = "lightgbm"
+    min_signal_to_noise: float = Field(default=1.0, ge=0)
+    """Tasks below it have no weight, unless all are; 0 lets noise have its say."""
+    regressor: str = "auto"
     options: Options = Field(default_factory=dict)
     features: Literal["theta", "theta+derived"] = "theta+derived"
+    method: Literal["trust_region", "paper"] = "trust_region"
+    """From the mean of the best draws into a trust region around it, or that mean itself."""
     draws: int = Field(default=100_000, ge=100)
     top: int = Field(default=10, ge=1)
     average: Literal["unit", "paper"] = "unit"
+    trust_radius: float = Field(default=0.2, gt=0)
+    """Of the trust region, as a share of the distance of a draw from the middle of the space."""
+    pessimism: float = Field(default=1.0, ge=0)
+    """Standard deviations of its error that are added to a prediction in the trust region."""
+    exclude_scorers: list[Name] = Field(default_factory=list)
+    """Scorers whose weight in θ* is 0 in every domain."""
+    at_budget: bool = False
+    """Every θ is scaled to ``select.target_tokens`` before its loss is predicted."""
     folds: int = Field(default=5, ge=2)
+    rounds: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Proxies of each round: the first are drawn, later ones proposed by the fit so far; empty: all are drawn."""
+
+    @field_validator("rounds")
+    @classmethod
+    def _first_round(cls, value: list[int]) -> list[int]:
+        if value and value[0] < _FIRST_ROUND:
+            raise ValueError(f"the first of {len(value)} rounds has {value[0]} proxies; give at least {_FIRST_ROUND}")
+        return value
 
     @field_validator("objective")
     @classmethod
@@ -267,6 +292,38 @@ class Recipe(Section):
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
     executor: Executor = Executor()
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> "Recipe":
+        if unknown := [name for name in self.search.exclude_scorers if name not in self.scorers]:
+            raise ValueError(f"search.exclude_scorers: {unknown[0]!r} is not among scorers ({', '.join(self.scorers)})")
+        if len(set(self.search.exclude_scorers)) == len(self.scorers):
+            raise ValueError("search.exclude_scorers: every scorer is excluded; leave at least one")
+        if self.search.at_budget and self.select.target_tokens is None:
+            raise ValueError("search.at_budget needs select.target_tokens, the budget that it searches at")
+        return self
+
+    @field_validator("search")
+    @classmethod
+    def _rounds_of_proxies(cls, value: Search, info: ValidationInfo) -> Search:
+        proxy, rounds = info.data.get("proxy"), value.rounds
+        if not rounds or proxy is None:
+            return value
+        if sum(rounds) != proxy.number:
+            raise ValueError(
+                f"rounds {rounds} are {sum(rounds)} proxies, proxy.number is {proxy.number}; set proxy.number: "
+                f"{sum(rounds)}, or other rounds"
+            )
+        if proxy.fidelity == "successive_halving":
+            raise ValueError(
+                "rounds propose θ unlike the draws of Algorithm 1 that successive_halving takes its thresholds from; "
+                "set proxy.fidelity: full, or leave rounds out"
+            )
+        if proxy.repeated > rounds[0]:
+            raise ValueError(
+                f"proxy.repeated is {proxy.repeated}, the first round has {rounds[0]} proxies; repeat fewer of them"
+            )
+        return value
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

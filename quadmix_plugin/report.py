@@ -6,119 +6,36 @@ nothing, runs nothing and escapes every name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from quadmix_plugin import figures
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.figures import Drawing
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.report_data import (
+    LOSS_PREFIX,
+    ReportData,
+    ScoreHistogram,
+    SearchOutcome,
+    SelectorShares,
+    StepRows,
+    column,
+)
 from quadmix_plugin.verdict import OBJECTIVE, RULE, Verdict, judge
 
-LOSS_PREFIX = "loss_"
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """One step: documents in = kept + dropped by reason; ``seconds`` is None when not measured."""
-
-    name: str
-    rows_in: int
-    rows_kept: int
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    seconds: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreHistogram:
-    """Tokens per bin of one scorer: ``edges`` [b + 1]; ``before`` [b]; ``after`` [b] counts copies, None if none.
-
-    ``kind`` is "raw" or "normalised" (σ, smaller = better).
-    """
-
-    scorer: str
-    kind: str
-    edges: NDArray[np.float64]
-    before: NDArray[np.float64]
-    after: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What the search found; losses are values of the objective, Σ weight·loss / Σ weight over the tasks.
-
-    ``weights``: task → weight. ``predicted`` of θ*; ``best_observed`` among the proxies and that proxy's number.
-    ``facts``: anything else worth a row (regressor, draws predicted, draws averaged, scale of ω).
-    """
-
-    weights: Mapping[str, float]
-    predicted: float
-    best_observed: float | None = None
-    best_proxy: int | None = None
-    facts: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SelectorShares:
-    """One selector's selection: tokens with copies per domain, and its overlap with the selection of θ*.
-
-    ``overlap``: unique tokens in both / unique tokens of this selector, in [0, 1].
-    """
-
-    selector: str
-    domain_tokens: Mapping[str, float]
-    overlap: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ReportData:
-    """Everything a report shows. None means that the step has not run, and its section says so.
-
-    Tables (pyarrow), columns in the order of use; losses in nats per token:
-        domains: domain, documents_before, tokens_before; and after selection documents_after (unique), tokens_after
-            (copies counted), unique_tokens_after.
-        predictions: proxy, task, real, predicted (out-of-fold).
-        results: selector, seed, loss_<task>…, tokens_seen, unique_tokens, epochs, seconds; optionally objective,
-            which is otherwise the weighted mean of the losses.
-        curves: selector, seed, step, tokens_seen, train_loss.
-    """
-
-    title: str
-    created_from: Mapping[str, str] = field(default_factory=dict)
-    """What the report was made from: name → hash, such as recipe, theta.json."""
-    steps: Sequence[StepRows] | None = None
-    domains: pa.Table | None = None
-    scores: Sequence[ScoreHistogram] | None = None
-    theta: Parameters | None = None
-    """θ*."""
-    predictions: pa.Table | None = None
-    metrics: Mapping[str, Mapping[str, float]] | None = None
-    """Cross-validated, per task (and "objective"): spearman, mae, and what else was measured."""
-    noise: Mapping[str, Mapping[str, Any]] | None = None
-    """Per task: theta_sd, noise_sd, signal_to_noise, repeats, and ``agreement`` of ranks before the end, in words."""
-    search: SearchOutcome | None = None
-    results: pa.Table | None = None
-    selections: Sequence[SelectorShares] | None = None
-    curves: pa.Table | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Versions, hashes, seeds, hardware, seconds per step; values may be mappings of their own."""
-    warnings: Sequence[str] = ()
-    quadmix: str = "quadmix"
-    """The selector that stands for θ* in ``results``, ``selections`` and ``curves``."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """An SVG of ``figures`` and whether it may shrink below its size (small ones) or scrolls instead."""
-
-    svg: str
-    label: str
-    wide: bool = False
+__all__ = [
+    "LOSS_PREFIX",
+    "ReportData",
+    "ScoreHistogram",
+    "SearchOutcome",
+    "SelectorShares",
+    "StepRows",
+    "render",
+]
 
 
 def render(data: ReportData) -> str:
@@ -148,9 +65,10 @@ def render(data: ReportData) -> str:
         "steps": _steps(data.steps),
         "domains": _domains(data),
         "scores": _scores(data.scores),
-        "weights": data.theta and Figure(figures.merge_weights(data.theta), "Merge weights per domain", wide=True),
+        "weights": data.theta and figures.merge_weights(data.theta),
         "sampling": _sampling(data.theta),
         "predictions": _predictions(data),
+        "gate": _gate(data.gate),
         "results": results,
         "tasks": _tasks(verdict),
         "curves": _curves(data),
@@ -158,14 +76,6 @@ def render(data: ReportData) -> str:
         "warnings": [*data.warnings, *_unequal(results)],
     }
     return environment.get_template("report.html.j2").render(context) + "\n"
-
-
-def _column(table: pa.Table, name: str, where: str) -> list[Any]:
-    if name not in table.column_names:
-        raise InputError(
-            f"report: {where} has no column {name!r}; found {', '.join(table.column_names)}; run its step again"
-        )
-    return table[name].to_pylist()
 
 
 def _steps(steps: Sequence[StepRows] | None) -> list[StepRows] | None:
@@ -182,11 +92,11 @@ def _domains(data: ReportData) -> dict[str, Any] | None:
     """Rows per domain, largest first, with shares in percent; the figure when there is an after."""
     if data.domains is None or data.domains.num_rows == 0:
         return None
-    table = {name: _column(data.domains, name, "domains") for name in ("domain", "documents_before", "tokens_before")}
+    table = {name: column(data.domains, name, "domains") for name in ("domain", "documents_before", "tokens_before")}
     after = "tokens_after" in data.domains.column_names
     if after:
         names = ("documents_after", "tokens_after", "unique_tokens_after")
-        table |= {name: _column(data.domains, name, "domains") for name in names}
+        table |= {name: column(data.domains, name, "domains") for name in names}
     totals = {name: sum(values) for name, values in table.items() if name != "domain"}
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     for row in rows:
@@ -198,16 +108,15 @@ def _domains(data: ReportData) -> dict[str, Any] | None:
     figure = None
     if after:
         shares = [[row[name] for row in rows] for name in ("share_before", "share_after")]
-        svg = figures.domain_shares([row["domain"] for row in rows], *shares)
-        figure = Figure(svg, "Domain shares before and after", wide=True)
+        figure = figures.domain_shares([row["domain"] for row in rows], *shares)
     return {"rows": rows, "totals": totals, "after": after, "figure": figure}
 
 
-def _scores(scores: Sequence[ScoreHistogram] | None) -> list[Figure] | None:
+def _scores(scores: Sequence[ScoreHistogram] | None) -> list[Drawing] | None:
     if not scores:
         return None
     return [
-        Figure(figures.score_histogram(s.scorer, s.kind, s.edges, s.before, s.after), f"{s.kind} {s.scorer}")
+        figures.score_histogram(s.scorer, s.kind, s.edges, s.before, s.after)
         for s in sorted(scores, key=lambda s: s.kind != "raw")
     ]
 
@@ -222,20 +131,25 @@ def _sampling(theta: Parameters | None) -> dict[str, Any] | None:
     best = sampling_value(np.full(theta.n_domains, np.finfo(np.float64).tiny), domains, theta)
     limits = min(1.0, 1.15 * float(theta.omega.max())), max(1.0, 1.1 * float(best.max()))
     names = theta.domains or tuple(f"domain {m}" for m in domains)
-    drawn = [Figure(figures.sampling_curve(theta, int(m), *limits), f"S of {names[m]}") for m in domains]
+    drawn = [figures.sampling_curve(theta, int(m), *limits) for m in domains]
     keys = ("domain", "lam", "omega", "eta", "epsilon", "best")
     columns = (names, theta.lam, theta.omega, theta.eta, theta.epsilon, best)
     return {"figures": drawn, "rows": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
 
 
 def _predictions(data: ReportData) -> dict[str, Any] | None:
-    """A scatter per task and one row per task of errors and noise."""
-    if data.predictions is None and data.metrics is None and data.search is None:
+    """A scatter per task, one row per task of errors and noise, the ways to find θ, and whatever else was drawn."""
+    if (
+        data.predictions is None
+        and data.metrics is None
+        and data.search is None
+        and not (data.methods or data.drawings)
+    ):
         return None
     metrics, noise = data.metrics or {}, data.noise or {}
     points: dict[str, list[tuple[float, float]]] = {}
     if data.predictions is not None:
-        columns = (_column(data.predictions, name, "predictions") for name in ("task", "real", "predicted"))
+        columns = (column(data.predictions, name, "predictions") for name in ("task", "real", "predicted"))
         for task, real, predicted in zip(*columns, strict=True):
             points.setdefault(task, []).append((real, predicted))
     drawn = []
@@ -243,8 +157,7 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
         real, predicted = np.array(pairs, dtype=np.float64).T
         rho = metrics.get(task, {}).get("spearman")
         note = "" if rho is None else f"Spearman {rho:.2f}"
-        svg = figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"), note)
-        drawn.append(Figure(svg, f"Predicted against real: {task}"))
+        drawn.append(figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"), note))
     rows = [{"task": t, **{k: metrics.get(t, {}).get(k) for k in ("spearman", "mae")}} for t in {**points, **metrics}]
     for row in rows:
         of_task = noise.get(row["task"], {})
@@ -252,7 +165,31 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
     mae = metrics.get(OBJECTIVE, {}).get("mae")
     found = data.search
     lead = None if found is None or found.best_observed is None else found.best_observed - found.predicted
-    return {"figures": drawn, "rows": rows, "mae": mae, "lead": lead}
+    named = [drawing.name for drawing in data.drawings]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise InputError(f"report: two drawings are named {twice!r}, so their ids would clash; give one of each")
+    methods = _rows(data.methods, "methods", "name", ("predicted", "low", "high", "real"))
+    return {"figures": drawn, "rows": rows, "mae": mae, "lead": lead, "methods": methods}
+
+
+def _gate(gate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What is expected before training, against every rival."""
+    if not gate:
+        return None
+    if not gate.get("verdict"):
+        raise InputError("report: gate has no 'verdict'; say in words whether there is evidence of a gain")
+    numbers = ("loss", "gain", "gain_in_noise", "low", "high", "overlap")
+    rows = _rows(gate.get("rows") or (), "gate", "rival", numbers)
+    facts = {"verdict": gate["verdict"], "evidence": bool(gate.get("evidence")), "unit": gate.get("unit", "")}
+    return {**facts, "rows": rows}
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], where: str, key: str, numbers: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that all have ``key`` and, where it is known, each number."""
+    for row in rows:
+        if key not in row:
+            raise InputError(f"report: a row of {where} has no {key!r}; found {', '.join(map(str, row))}")
+    return [{key: row[key], **{name: row.get(name) for name in numbers}} for row in rows]
 
 
 def _results(data: ReportData) -> dict[str, Any] | None:
@@ -270,14 +207,11 @@ def _results(data: ReportData) -> dict[str, Any] | None:
         run[OBJECTIVE] = _float(run.get(OBJECTIVE, total / sum(weights.values())))
         run |= {task: _float(run[LOSS_PREFIX + task]) for task in tasks}
     measures = [OBJECTIVE, *tasks]
-    selectors = dict.fromkeys(_column(table, "selector", "results"))
+    selectors = dict.fromkeys(column(table, "selector", "results"))
     losses = {s: {m: [r[m] for r in runs if r["selector"] == s] for m in measures} for s in selectors}
     order = sorted(losses, key=lambda s: (np.isnan(mean := float(np.mean(losses[s][OBJECTIVE]))), mean))
     losses = {s: losses[s] for s in order}
-    drawn = [
-        Figure(figures.seed_dots(m, {s: losses[s][m] for s in order}, data.quadmix), f"Loss per selector: {m}")
-        for m in measures
-    ]
+    drawn = [figures.seed_dots(m, {s: losses[s][m] for s in order}, data.quadmix) for m in measures]
     return {
         "losses": losses,
         "measures": measures,
@@ -330,10 +264,10 @@ def _tasks(verdict: Verdict | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _curves(data: ReportData) -> Figure | None:
+def _curves(data: ReportData) -> Drawing | None:
     if data.curves is None or data.curves.num_rows == 0:
         return None
-    columns = [_column(data.curves, c, "curves") for c in ("selector", "seed", "tokens_seen", "train_loss")]
+    columns = [column(data.curves, c, "curves") for c in ("selector", "seed", "tokens_seen", "train_loss")]
     runs: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for selector, seed, tokens, loss in zip(*columns, strict=True):
         if loss is not None and np.isfinite(loss):
@@ -344,7 +278,7 @@ def _curves(data: ReportData) -> Figure | None:
         curves.setdefault(selector, []).append((x, y))
     if not curves:
         return None
-    return Figure(figures.training_curves(curves, data.quadmix), "Training loss against tokens seen", wide=True)
+    return figures.training_curves(curves, data.quadmix)
 
 
 def _unequal(results: dict[str, Any] | None) -> list[str]:

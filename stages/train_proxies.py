@@ -1,4 +1,4 @@
-"""TrainProxies: one row of work is one θ; out come a proxy model's losses, as an artifact of its own.
+"""TrainProxies: one row of work is one θ or one baseline; out come a proxy's losses, as an artifact of its own.
 
 The stage carries paths and options; tables, token files and validation rows are opened once per worker. A proxy that
 is already there is not trained again, so a run resumes after anything. One that fails is tried once more, then
@@ -24,10 +24,17 @@ from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import DRAW, flat_row, measured, part_path, to_do
+from quadmix_plugin.proxy.parts import BASELINE, DRAW, flat_row, measured, part_path, to_do
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
-from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxySelection, ProxyTable
+from quadmix_plugin.proxy.selection import (
+    SELECTION,
+    Draws,
+    MatchedEpochs,
+    ProxySelection,
+    ProxyTable,
+    read_baseline,
+)
 from quadmix_plugin.proxy.validation import ValidationSet, load_validation_sets
 from quadmix_plugin.store import Step
 
@@ -40,7 +47,8 @@ _TRIES = 2
 class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Trains one proxy per row of work and writes ``proxies/parts/<proxy>.json``.
 
-    A row has ``proxy``, ``kind`` (``draw`` or ``repeat``), ``seed``, ``stream`` (of independent draws) and ``theta``.
+    A row has ``proxy``, ``kind`` (of ``proxy.parts``), ``seed``, ``stream`` (of independent draws) and ``theta``. In
+    one of the kind ``baseline`` θ is null, and ``selection`` names the baseline.
 
     All proxies share the draw of copies, unless ``draws`` says otherwise, and the initial weights (``weights_seed``);
     the row's seed orders the data. Passes on one row per proxy with its losses.
@@ -57,6 +65,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         matched: the repetition of the final run, for proxies to be trained at.
         weights_seed: of the initial weights.
         eval_at: shares of the training at which the losses are measured too, for the learning curves.
+        baselines: path of a ``baselines_table`` as Parquet, for rows of the kind ``baseline``; None: there are none.
         halving: which proxies of the kind ``draw`` are stopped there (``HalvingRule.to_dict``); None: none.
         session: names this command; what others had begun does not count as an attempt.
         per_gpu: how many proxies train on a GPU at once, each in a process of its own.
@@ -74,6 +83,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     matched: MatchedEpochs | None = None
     weights_seed: int = 0
     eval_at: tuple[float, ...] = ()
+    baselines: str | None = None
     halving: dict[str, Any] | None = None
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     per_gpu: int = 1
@@ -89,7 +99,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         return {**self.__dict__, "_data": None}
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """The work: which θ, and the seed of the order of its data."""
+        """The work: which θ or baseline, and the seed of the order of its data."""
         return ["data"], ["proxy", "kind", "seed", "stream", "theta"]
 
     def outputs(self) -> tuple[list[str], list[str]]:
@@ -149,10 +159,9 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     def _train(self, work: dict[str, Any]) -> dict[str, Any]:
         assert self._data is not None  # noqa: S101 - set in setup
         data, trainer = self._data, self._data.trainer
-        selection, table = data.selection, data.selection.table
-        theta = selection.parameters(work["theta"])
+        table = data.selection.table
         started = time.perf_counter()
-        copies = selection.copies(theta, work["stream"])[data.in_pool]
+        copies = self._copies(work)[data.in_pool]
         pieces = cut_pieces(
             data.pool, copies, table.domain_ids[data.in_pool], trainer.context, self.tokens, work["seed"],
             trainer.batch_size,
@@ -176,6 +185,14 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
             "seconds": time.perf_counter() - started,
             "domain_tokens": dict(zip(table.domains, domain_tokens.tolist(), strict=True)),
         }
+
+    def _copies(self, work: dict[str, Any]) -> NDArray[np.int32]:
+        """The copies of every document of the table that a row of work is trained on [n]."""
+        assert self._data is not None  # noqa: S101 - set in setup
+        selection = self._data.selection
+        if work["kind"] != BASELINE:
+            return selection.copies(selection.parameters(work["theta"]), work["stream"])
+        return selection.of_baseline(read_baseline(str(self.baselines), work[SELECTION], selection.table.tokens.size))
 
 
 @dataclass
@@ -231,7 +248,7 @@ def _leave_spoilt_process(error: BaseException) -> None:
 
 
 def proxy_tasks(thetas: pa.Table) -> list[DocumentBatch]:
-    """One task per proxy from ``proxies/thetas.parquet``."""
+    """One task per proxy: the rows of ``proxies/thetas.parquet``, or some of them."""
     return [
         DocumentBatch(dataset_name=f"proxy-{number}", data=thetas.slice(i, 1), _metadata={"shard": f"proxy-{number}"})
         for i, number in enumerate(thetas["proxy"].to_pylist())

@@ -1,4 +1,4 @@
-"""Step 2 as a whole: losses along the training, retries, halving by a pilot, matched epochs, bad input, kill -9."""
+"""Step 2 as a whole: curves, baselines, retries, halving by a pilot, matched epochs, bad input, kill -9."""
 
 import json
 import logging
@@ -10,39 +10,47 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from proxy_runs import (
+    PER_STEP,
+    STEPS,
+    TASKS,
+    TOKENS,
+    columns,
+    label_once,
+    measured,
+    part,
+    rows,
+    trained,
+    write_recipe,
+)
 from scipy.stats import spearmanr
-from small_run import write_small_recipe
 
-from quadmix_plugin import Parameters, count_copies
+from quadmix_plugin import Parameters, count_copies, registry
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.executors import InlineExecutor
 from quadmix_plugin.megatron import TokenFile, write_documents
 from quadmix_plugin.pipelines.context import Run, open_run
-from quadmix_plugin.pipelines.proxies import proxies
+from quadmix_plugin.pipelines.proxies import _finish, proxies
 from quadmix_plugin.pipelines.proxy_data import pool_prefixes, write_pool
+from quadmix_plugin.pipelines.proxy_trust import baseline_losses
 from quadmix_plugin.pipelines.run import run_steps, steps_until
 from quadmix_plugin.pipelines.search import search
 from quadmix_plugin.proxy.parts import part_path
+from quadmix_plugin.proxy.pieces import cut_pieces
+from quadmix_plugin.proxy.pool import TokenPool
+from quadmix_plugin.proxy.validation import load_validation_sets
+from quadmix_plugin.search.features import FeatureMap
+from quadmix_plugin.stages.selectors.random import Random
+from quadmix_plugin.stages.selectors.top_k import TopK
 from quadmix_plugin.store import RunDirectory, Step
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("hellaswag", "mmlu")
-TOKENS, PER_STEP = 2_000, 64
-STEPS = -(-TOKENS // PER_STEP)
-MODEL = {
-    "batch_size": 2,
-    "learning_rate": 0.01,
-    "dtype": "float32",
-    "shape_options": {"layers": 1, "width": 16, "heads": 1, "ffn": 32, "context": 32},
-}
 HALVING = ("proxy.fidelity=successive_halving", "proxy.pilot=8", "proxy.curve_at=[0.6, 0.9]")
-FEW = ("proxy.number=8", "proxy.repeated=1")
+FEW = ("proxy.number=8", "proxy.repeated=1", "proxy.baselines=0")
 
 # A trainer that goes wrong on the selections of so many tokens, as often as their fault says: "raise 2".
 FAULTY = """
@@ -70,46 +78,9 @@ class Faulty(TorchTrainer):
 """
 
 
-def write_recipe(folder: Path) -> Path:
-    """Some 280 documents whose domains and scores are columns, so that no model is loaded to label them."""
-    path = write_small_recipe(folder)
-    corpus = pq.read_table(folder / "corpus.parquet")
-    corpus = corpus.take(list(range(0, corpus.num_rows, 4)))
-    texts = corpus["text"].to_pylist()
-    scores = {"characters": [len(text) for text in texts], "words": [len(text.split()) / len(text) for text in texts]}
-    for name, values in scores.items():
-        corpus = corpus.append_column(name, pa.array(values, pa.float64()))
-    pq.write_table(corpus, folder / "corpus.parquet")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content |= {
-        "corpus": {"path": "corpus.parquet", "id": "doc_id", "documents_per_shard": 100},
-        "domain": {"classifier": "column", "column": "true_domain"},
-        "scorers": {name: {"scorer": "column", "column": name} for name in scores},
-        "rank": {"merge_small_domains": 8_000},
-        "select": {},
-        "proxy": {"number": 24, "tokens": TOKENS, "repeats": 2, "repeated": 2, "options": MODEL},
-    }
-    content["validation"]["rows_per_task"] = 12
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose run directory ``out`` has labels and σ."""
-    path = write_recipe(tmp_path_factory.mktemp("labelled"))
-    with open_run(load_recipe(path), path.parent / "out") as run:
-        run_steps(run, steps_until("label"))
-    return path
-
-
-def trained(recipe: Path, out: Path, *overrides: str, **options) -> Step:
-    """The proxies of a recipe with labels, trained in ``out`` or what is missing there."""
-    if not out.exists():
-        shutil.copytree(recipe.parent / "out", out)
-    with open_run(load_recipe(recipe, list(overrides)), out, **options) as run:
-        proxies(run)
-        return run.step("proxies")
+    return label_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -122,31 +93,10 @@ def halved(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Step:
     return trained(labelled, tmp_path_factory.mktemp("halved") / "out", *HALVING)
 
 
-def part(step: Step, number: int) -> dict:
-    return step.read_json(part_path(number))
-
-
-def rows(step: Step, kind: str = "draw") -> dict[int, dict]:
-    """Number → row of losses.parquet."""
-    table = step.read_table("proxies/losses.parquet").to_pylist()
-    return {row["proxy"]: row for row in table if row["kind"] == kind}
-
-
-def measured(row: dict) -> dict:
-    """What training and measuring gave, and on which data."""
-    return {key: value for key, value in row.items() if key not in ("proxy", "kind", "seconds", "attempts")}
-
-
-def columns(step: Step, name: str) -> list[dict]:
-    """The rows of a table without what the clock says."""
-    table = step.read_table(f"proxies/{name}.parquet")
-    return table.drop_columns([c for c in ("seconds",) if c in table.column_names]).to_pylist()
-
-
 def test_curves_hold_the_losses_at_the_shares_asked_and_those_of_the_end(full: Step) -> None:
     curves = full.read_table("proxies/curves.parquet").to_pandas()
     losses = full.read_table("proxies/losses.parquet").to_pandas().set_index("proxy")
-    assert set(curves["proxy"]) == set(losses.index) == set(range(26))
+    assert set(curves["proxy"]) == set(losses.index) == set(range(32))
     for number, curve in curves.groupby("proxy"):
         known = curve[curve["loss_mmlu"].notna()]
         assert known["share"].tolist() == [0.1, 0.25, 0.5, 1.0]
@@ -169,6 +119,69 @@ def test_noise_is_that_of_several_thetas(full: Step) -> None:
         assert (found[task]["thetas"], found[task]["repeats"]) == (2, 4)
         assert found[task]["noise_sd"] == pytest.approx(np.sqrt(pairs.var(axis=1, ddof=1).mean()))
         assert found[task]["theta_sd"] == pytest.approx(np.std([row[f"loss_{task}"] for row in drawn.values()], ddof=1))
+
+
+BASELINES = ("random", "top_k[characters]", "top_k[words]")
+
+
+@pytest.fixture(scope="module")
+def selected(labelled: Path, full: Step) -> dict[str, np.ndarray]:
+    """The copies that the selectors give, called by hand with the median of what the drawn θ are expected to select."""
+    with open_run(load_recipe(labelled), full.root) as run:
+        table, normalised = run.table, run.normalised
+        vectors = np.array(full.read_table("proxies/thetas.parquet")["theta"].to_pylist()[:24])
+        expected = FeatureMap.of(table, normalised).statistics(vectors).selected_tokens
+        selectors = dict(zip(BASELINES, (Random(), TopK("characters"), TopK("words")), strict=True))
+        budget = round(float(np.median(expected)))
+        return {n: s.select(table, normalised, budget, run.seed_for(f"baseline {n}")) for n, s in selectors.items()}
+
+
+def test_baselines_are_trained_on_the_documents_of_the_selectors(labelled: Path, full: Step, selected: dict) -> None:
+    kept = full.read_table("proxies/baselines.parquet").to_pandas()
+    work = full.read_table("proxies/thetas.parquet").to_pandas()
+    assert list(dict.fromkeys(kept["selection"])) == list(BASELINES)
+    with open_run(load_recipe(labelled), full.root) as run:
+        table, pool = run.table, TokenPool.open(pool_prefixes(run))
+        sets = load_validation_sets(full.read_path("proxies/validation.parquet"), "search")
+        trainer = registry.create("trainers", "torch", run.recipe.proxy.options, "here")
+    for i, name in enumerate(BASELINES):
+        documents = kept[kept["selection"] == name]
+        np.testing.assert_array_equal(documents["row"], np.flatnonzero(selected[name]))
+        assert (documents["copies"] == 1).all()
+        tokens = np.bincount(table.domain_ids, (table.tokens + 1) * selected[name], len(table.domains))
+        for j, number in enumerate((26 + 2 * i, 27 + 2 * i)):
+            found, row = part(full, number), work.loc[number]
+            assert (found["kind"], row["kind"], row["selection"], row["theta"]) == ("baseline", "baseline", name, None)
+            assert row["seed"] == work.loc[24 * j, "seed"]  # of the draws, and of their repeats
+            assert found["domain_tokens"] == dict(zip(table.domains, tokens.astype(int).tolist(), strict=True))
+        seed = int(work.loc[26 + 2 * i, "seed"])
+        pieces = cut_pieces(pool, selected[name], table.domain_ids, 32, TOKENS, seed, trainer.batch_size)
+        again = trainer.train(pieces, sets, seed=run.recipe.seed, vocabulary=4096)
+        assert again.losses == part(full, 26 + 2 * i)["losses"]
+
+
+def test_baselines_have_losses_by_name_task_and_seed_without_those_that_failed(
+    labelled: Path, full: Step, tmp_path: Path
+) -> None:
+    out = shutil.copytree(full.root, tmp_path / "out")
+    with open_run(load_recipe(labelled), out) as run:
+        step, drawn = run.step("proxies"), rows(full, "baseline")
+        found = baseline_losses(run)
+        assert list(found) == list(BASELINES)
+        for i, name in enumerate(BASELINES):
+            for task in TASKS:
+                assert found[name][task].tolist() == [drawn[26 + 2 * i + j][f"loss_{task}"] for j in range(2)]
+        for number in (26, 28, 29):
+            step.write_json(part_path(number), {"proxy": number, "kind": "baseline", "seed": 1, "failure": "diverged"})
+        step.write_json(part_path(27), {**part(full, 27), "attempts": 2, "learnt": False})
+        _finish(run, step, step.read_table("proxies/thetas.parquet"), None, 0.0)
+        assert sorted((step.summary() or {})["failures"]) == [part_path(n) for n in (26, 28, 29)]
+        assert {name: each["mmlu"].tolist() for name, each in baseline_losses(run).items()} == {
+            "random": [drawn[27]["loss_mmlu"]],
+            "top_k[words]": [drawn[n]["loss_mmlu"] for n in (30, 31)],
+        }
+    for name in ("noise", "fidelity"):
+        assert step.read_json(f"proxies/{name}.json") == full.read_json(f"proxies/{name}.json")
 
 
 def agreement(step: Step, proxies: int, shares: tuple[float, ...]) -> dict:
@@ -215,6 +228,9 @@ def test_stopped_proxies_have_a_share_and_kept_ones_the_losses_of_full_fidelity(
             bits_per_nat = told["bits_per_byte"][task] / told["losses"][task]
             assert row[f"bpb_{task}"] == pytest.approx(expected * bits_per_nat)
             assert abs(row[f"loss_{task}"] - whole[n][f"loss_{task}"]) < 5 * line["error"]
+    assert {n: measured(row) for n, row in rows(halved, "baseline").items()} == {
+        n: measured(row) for n, row in rows(full, "baseline").items()
+    }
     assert {*range(8), 24, 25} <= kept
     assert stopped
     assert kept - {*range(8), 24, 25}

@@ -1,4 +1,4 @@
-"""A proxy's documents: those of its θ, thinned by hash alone to the final run's repetition."""
+"""A proxy's documents: those of its θ or its baseline, thinned by hash alone to the final run's repetition."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,14 @@ from quadmix_plugin import count_copies, sample_parameters
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import uniform
 from quadmix_plugin.parameters import ParameterSpace
-from quadmix_plugin.proxy.selection import Draws, MatchedEpochs, ProxySelection, ProxyTable
+from quadmix_plugin.proxy.selection import (
+    Draws,
+    MatchedEpochs,
+    ProxySelection,
+    ProxyTable,
+    baselines_table,
+    read_baseline,
+)
 
 N, M, SCORERS = 20_000, 4, ("a", "b")
 DOMAINS = tuple(f"d{m}" for m in range(M))
@@ -152,6 +159,55 @@ def test_an_empty_selection_stays_empty(table):
     none = sample_parameters(1, len(SCORERS), M, 0, space=ParameterSpace(omega_max=1e-9, epsilon_max=0))[0]
     matched = MatchedEpochs(proxy_tokens=10, final_tokens=100, selected_tokens=None, seed=1)
     assert not ProxySelection(table, Draws(seed=9), matched).copies(none).any()
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    rng = np.random.default_rng(4)
+    return {name: (rng.random(N) < share).astype(np.int32) for name, share in (("random", 0.3), ("top_k[a]", 0.1))}
+
+
+def test_baselines_are_the_same_after_parquet(baselines, tmp_path):
+    path = tmp_path / "baselines.parquet"
+    pq.write_table(baselines_table({**baselines, "none": np.zeros(N, np.int32)}), path, row_group_size=999)
+    for name, copies in baselines.items():
+        found = read_baseline(path, name, N)
+        np.testing.assert_array_equal(found, copies)
+        assert found.dtype == np.int32
+    assert not read_baseline(path, "none", N).any()
+    with pytest.raises(InputError, match=r"other\.parquet: no such file"):
+        read_baseline(tmp_path / "other.parquet", "random", N)
+
+
+def test_a_baseline_has_all_its_documents_unless_some_are_left_out(table, baselines):
+    for copies in baselines.values():
+        np.testing.assert_array_equal(ProxySelection(table, Draws(seed=9)).of_baseline(copies), copies)
+
+
+def test_a_thinned_pool_has_what_is_kept_of_a_baseline_as_often_as_of_a_sampling_value_of_one(table, baselines):
+    thin = 0.1
+    draws = Draws(seed=9, thin=thin, below=thin * (2**SPACE.eta_max + SPACE.epsilon_max))
+    selection = ProxySelection(table, draws)
+    for copies in baselines.values():
+        kept = selection.of_baseline(copies)
+        assert kept.dtype == np.int32
+        assert not kept[~selection.in_pool].any()
+        np.testing.assert_array_equal(kept, copies * (uniform(table.doc_ids, 9) < thin))
+
+
+def test_a_baseline_leaves_out_the_documents_that_a_theta_does_at_matched_epochs(table, baselines, thetas):
+    matched = MatchedEpochs(proxy_tokens=1, final_tokens=4, selected_tokens=None, seed=11)
+    selection, plain = ProxySelection(table, Draws(seed=9), matched), ProxySelection(table, Draws(seed=9))
+    drawn, left = plain.copies(thetas[0]) > 0, selection.copies(thetas[0]) > 0
+    for copies in baselines.values():
+        kept = selection.of_baseline(copies)
+        assert kept_within_luck(copies, kept, table, 0.25)
+        both = drawn & (copies > 0)
+        np.testing.assert_array_equal(kept[both] > 0, left[both])
+    target = MatchedEpochs(proxy_tokens=100, final_tokens=400, selected_tokens=1_000_000, seed=11)
+    share = 100 / (400 / 1_000_000) / (baselines["random"] * table.tokens).sum()
+    kept = ProxySelection(table, Draws(seed=9), target).of_baseline(baselines["random"])
+    assert kept_within_luck(baselines["random"], kept, table, share)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,21 @@ def report_data(n_domains: int = 5, gain: float = 0.1, name: str = "") -> Report
         results=pa.Table.from_pylist(results),
         selections=[SelectorShares(s, dict.fromkeys(domains, 1.0), 0.25) for s in selectors],
         curves=pa.Table.from_pylist(curves),
+        methods=[
+            {"name": f"default search{name}", "predicted": 5.9, "low": 5.8, "high": 6.1, "real": 5.95},
+            {"name": "best observed proxy", "predicted": None},
+        ],
+        drawings=[figures.importance([f"omega[{d}]" for d in domains[:2]], [0.2, 0.1], task=tasks[0])],
+        gate={
+            "verdict": f"No evidence of gain{name}",
+            "evidence": False,
+            "unit": f"nats per token{name}",
+            "rows": [
+                {"rival": f"random{name}", "loss": 6.0, "gain": 0.1, "gain_in_noise": -0.5, "low": -0.05, "high": 0.25}
+                | {"overlap": 0.375},
+                {"rival": "top_k", "loss": 6.0, "gain": 0.1},
+            ],
+        },
         provenance={"versions": {f"torch{name}": f"2.11{name}"}, "seeds": [0, 1]},
         warnings=[f"A warning{name}"],
     )
@@ -104,6 +119,11 @@ class Page(HTMLParser):
 
     def words(self) -> str:
         return " ".join(self.text.split())
+
+
+def cells(page: str) -> str:
+    """The words of a page with its table cells marked off by bars."""
+    return Page(re.sub("(<t[hd]|</tr>)", r" | \1", page)).words()
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
@@ -257,7 +277,8 @@ def test_equal_data_gives_equal_bytes_and_no_date():
 def test_a_step_that_has_not_run_is_named_in_place_of_its_sections():
     assert "has not run" not in rendered()
     trained = {"steps": None, "domains": None, "scores": None, "theta": None, "predictions": None, "metrics": None}
-    page = Page(render(dataclasses.replace(report_data(), **trained, search=None))).words()
+    trained |= {"search": None, "methods": (), "drawings": ()}
+    page = Page(render(dataclasses.replace(report_data(), **trained))).words()
     assert [page.count(f"the step {step} has not run") for step in ("label", "search", "pretrain")] == [3, 3, 0]
     planned = dataclasses.replace(report_data(n_domains=2), results=None, curves=None, scores=None)
     page = Page(render(planned)).words()
@@ -269,6 +290,56 @@ def test_an_empty_run_is_still_a_page():
     page = Page(render(ReportData("Nothing yet"))).words()
     assert "No verdict: nothing has been trained" in page
     assert page.count("Not shown:") == 10
+
+
+def test_what_to_expect_is_said_before_the_comparison_with_every_number():
+    page = Page(rendered())
+    words = cells(rendered())
+    assert "– No evidence of gain Predicted, before anything is trained" in words
+    assert "| random | 6.0000 | +0.1000 | −0.0500 to +0.2500 | −0.50 | 38 % |" in words
+    assert "| top_k | 6.0000 | +0.1000 | – | – | – |" in words
+    order = [value for tag, key, value in page.attributes if (tag, key) == ("section", "id")]
+    assert order.index("predictions") < order.index("gate") == order.index("selectors") - 1
+    expected = ReportData("x", gate={"verdict": "A gain is likely", "evidence": True})
+    assert "✓ A gain is likely Selectors" in Page(render(expected)).words()
+
+
+def test_ways_to_find_theta_are_compared_and_drawings_stand_under_their_titles():
+    words = cells(rendered())
+    assert "| default search | 5.9000 | 5.8000 to 6.1000 | 5.9500 |" in words
+    assert "| best observed proxy | – | – | – |" in words
+    assert "What matters: task-0. Permutation importance, increase of MAE: omega[Domain_00] 0.2" in words
+    alone = ReportData("x", drawings=report_data().drawings)
+    assert "Errors of the regressor" not in render(alone)
+    assert "What matters: task-0." in Page(render(alone)).words()
+
+
+@pytest.mark.parametrize("empty", [{"gate": None}, {"gate": {}}, {"methods": ()}, {"drawings": []}])
+def test_parts_of_the_search_that_are_empty_are_left_out(empty):
+    run = report_data()
+    data = ReportData("x", gate=run.gate, methods=run.methods, drawings=run.drawings)
+    marks = {"gate": "Is there a gain to expect?", "methods": "Ways to find θ", "drawings": "grid drawings"}
+    whole, page = render(data), render(dataclasses.replace(data, **empty))
+    assert [name for name, mark in marks.items() if mark not in whole] == []
+    assert [name for name, mark in marks.items() if mark not in page] == list(empty)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"gate": {"rows": []}}, "gate has no 'verdict'"),
+        ({"gate": {"verdict": "v", "rows": [{"loss": 1.0}]}}, "a row of gate has no 'rival'; found loss"),
+        ({"methods": [{"predicted": 1.0}]}, "a row of methods has no 'name'"),
+    ],
+)
+def test_a_gate_or_way_without_its_words_is_refused(part, words):
+    with pytest.raises(InputError, match=words):
+        render(ReportData("x", **part))
+
+
+def test_two_drawings_of_one_name_are_refused():
+    with pytest.raises(InputError, match="two drawings are named 'importance task-0'"):
+        render(ReportData("x", drawings=[*report_data().drawings, *report_data().drawings]))
 
 
 def test_domains_without_a_selection_are_shown_before_only():
@@ -291,7 +362,8 @@ def test_26_domains_each_have_a_row_and_a_curve():
 def test_every_figure_is_well_formed_titled_and_has_its_own_ids():
     page = rendered(HOSTILE)
     found = svgs(page)
-    assert len(found) == 3 + 1 + 1 + 5 + 2 + 3 + 1  # scores, shares, weights, curves, tasks, measures, training
+    # scores, shares, weights, curves, tasks, drawings, measures, training
+    assert len(found) == 3 + 1 + 1 + 5 + 2 + 1 + 3 + 1
     for svg in found:
         assert svg.find(SVG + "title").text
         assert svg.find(SVG + "desc").text
@@ -347,10 +419,10 @@ def test_a_run_without_a_finite_loss_is_shown_and_not_judged():
 def test_sampling_curve_ends_at_the_window_of_its_domain():
     theta = sample_parameters(1, 2, 2, 3)[0]
     theta = dataclasses.replace(theta, omega=[0.05, 0.1], epsilon=[0.0, 0.0])
-    (svg,) = svgs(figures.sampling_curve(theta, 0, 0.1, 2.0))
+    (svg,) = svgs(figures.sampling_curve(theta, 0, 0.1, 2.0).svg)
     paths = [path.get("d", "") for path in svg.iter(SVG + "path") if "accent" in path.get("style", "")]
     points = re.findall(r"([\d.]+) ([\d.]+)", max(paths, key=len))
     x, y = np.array(points, dtype=float).T
     falls = np.flatnonzero(np.diff(y) > 20)  # y grows downwards
-    left, right = 40, 188 - 6
+    left, right = 40, 188 - 14
     assert [x[i] for i in falls] == pytest.approx([(left + right) / 2], abs=0.1)

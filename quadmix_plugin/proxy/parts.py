@@ -14,8 +14,9 @@ from quadmix_plugin.store import Step
 
 LOSS_PREFIX, BITS_PREFIX = "loss_", "bpb_"
 PARTS = "proxies/parts/"
-DRAW, REPEAT = "draw", "repeat"
-"""Kinds of proxies: of a θ as drawn, and of one of these θ once more under another seed."""
+DRAW, PROPOSAL, REPEAT, BASELINE = "draw", "proposal", "repeat", "baseline"
+"""Kinds of proxies: of a θ as drawn, of one that a fit proposed, of a drawn one once more under another seed, and of
+a selection without θ."""
 
 _NATS_PER_BIT = float(np.log(2.0))
 

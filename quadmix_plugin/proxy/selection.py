@@ -1,10 +1,12 @@
-"""Which documents a proxy trains on: copies of every document of the pool under one θ.
+"""Which documents a proxy trains on: copies of every document of the pool under one θ, or of a baseline.
 
 The table is what selections are computed from, one row per document of the corpus. Thinning and matching of epochs
 leave documents out by hash, so that a proxy's data is a sample of what its θ selects, not the beginning of it.
+Baselines are selections without θ, made elsewhere; here they are kept as a table and treated as those of θ are.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,9 +21,13 @@ from quadmix_plugin.hashing import uniform
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.rank_map import Method, Ties
 from quadmix_plugin.rank_states import BINS
-from quadmix_plugin.sampling import count_copies
-from quadmix_plugin.schema import DOC_ID, TOKENS, ScoreTable
+from quadmix_plugin.sampling import count_copies, draw_copies
+from quadmix_plugin.schema import COPIES, DOC_ID, TOKENS, ScoreTable
 from quadmix_plugin.score_index import ScoreIndex
+from quadmix_plugin.selections import ROW
+
+SELECTION = "selection"
+"""The column that names a baseline."""
 
 _WORTH_AN_INDEX = 200_000  # documents; below, one pass over all of them takes milliseconds
 
@@ -145,7 +151,19 @@ class ProxySelection:
 
     def copies(self, theta: Parameters, stream: int = 0) -> NDArray[np.int32]:
         """Copies of every document [n]; ``stream`` tells proxies apart where draws are independent."""
-        chosen = self._drawn(theta, stream if self._draws.independent else 0)
+        return self._repeated(self._drawn(theta, stream if self._draws.independent else 0))
+
+    def of_baseline(self, copies: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What a proxy trains on of a baseline's ``copies`` [n], as if they were the S of a θ.
+
+        Under a thinned pool each is kept with the probability that θ's are, by the same uniforms, so all lie in the
+        pool; at matched epochs the same documents are left out. Otherwise they are the copies given.
+        """
+        thinned = draw_copies(copies * self._draws.thin, self.table.doc_ids, self._draws.seed)
+        return self._repeated(np.where(self.in_pool, thinned, 0).astype(np.int32))
+
+    def _repeated(self, chosen: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What is left of copies [n] at the repetition that proxies are trained at."""
         if self._matched is None or self._keep is None:
             return chosen
         share = self._matched.share(int((chosen * self.table.tokens).sum()))
@@ -171,3 +189,30 @@ class ProxySelection:
             thin=draws.thin,
             stream=stream,
         )
+
+
+def baselines_table(baselines: Mapping[str, NDArray[np.int32]]) -> pa.Table:
+    """Baselines, name → copies [n], as one row for each selected document: ``selection``, ``row`` and ``copies``.
+
+    ``row`` is the document's place in the proxy table.
+    """
+    schema = pa.schema([(SELECTION, pa.string()), (ROW, pa.int64()), (COPIES, pa.int32())])
+    parts = [schema.empty_table()]
+    for name, copies in baselines.items():
+        rows = np.flatnonzero(copies)
+        parts.append(pa.table({SELECTION: [name] * rows.size, ROW: rows, COPIES: copies[rows]}, schema=schema))
+    return pa.concat_tables(parts)
+
+
+def read_baseline(path: str | Path, name: str, n: int) -> NDArray[np.int32]:
+    """The copies of all ``n`` documents in one baseline of a ``baselines_table`` kept as Parquet [n].
+
+    Raises:
+        InputError: no such file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; run the step 'proxies' from its beginning")
+    table = pq.read_table(path, filters=[(SELECTION, "=", name)], partitioning=None)  # type: ignore[arg-type]
+    copies = np.zeros(n, dtype=np.int32)
+    copies[table[ROW].to_numpy()] = table[COPIES].to_numpy()
+    return copies

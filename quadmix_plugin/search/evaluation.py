@@ -6,7 +6,7 @@ Nothing here chooses parameters. Every figure is measured on rows that the model
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from quadmix_plugin.search.regressors import Regressor
 Array = NDArray[np.float64]
 
 _log = logging.getLogger(__name__)
+
+_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,32 @@ def cross_validate(
             model.fit(features[train], y[train])
             predicted[task][i // folds, held] = model.predict(features[held])
     return {task: _summary(y, predicted[task]) for task, y in real.items()}
+
+
+def bootstrap_intervals(real: ArrayLike, predicted: ArrayLike, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of the metrics over the rows: name of ``Metrics`` → (low, high).
+
+    ``real`` [n]; ``predicted`` [n], or [repeats, n], of which each metric is the mean, as in ``CrossValidation``. 500
+    resamples of whole rows, percentile method. They hold the chance of which rows were measured, no other.
+    """
+    from scipy.stats import bootstrap
+
+    y, repeats = np.asarray(real, dtype=np.float64), np.atleast_2d(np.asarray(predicted, dtype=np.float64))
+
+    def statistic(y: Array, *each: Array, axis: int = -1) -> Array:
+        return np.mean([_metrics_of_rows(y, p) for p in each], axis=0)
+
+    found = bootstrap(
+        (y, *repeats),
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    names = [field.name for field in fields(Metrics)]
+    return {name: (float(low), float(high)) for name, low, high in zip(names, found.low, found.high, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -213,6 +241,25 @@ def _summary(real: Array, predicted: Array) -> CrossValidation:
     mean = Metrics(**{name: float(np.mean([m[name] for m in each])) for name in each[0]})
     spread = Metrics(**{name: float(np.std([m[name] for m in each])) for name in each[0]})
     return CrossValidation(real, predicted, mean, spread)
+
+
+def _metrics_of_rows(y: Array, p: Array) -> Array:
+    """The numbers of ``Metrics`` [4, ...] over the last axis; 0 where a resample leaves a correlation or R² undefined."""
+    from scipy.stats import rankdata
+
+    left = ((y - y.mean(axis=-1, keepdims=True)) ** 2).mean(axis=-1)
+    r2 = 1.0 - ((y - p) ** 2).mean(axis=-1) / np.where(left > 0, left, np.inf)
+    ranks = (rankdata(values, axis=-1) for values in (y, p))
+    return np.stack(
+        [_correlation(*ranks), _correlation(y, p), np.abs(y - p).mean(axis=-1), np.where(left > 0, r2, 0.0)]
+    )
+
+
+def _correlation(a: Array, b: Array) -> Array:
+    a, b = (values - values.mean(axis=-1, keepdims=True) for values in (a, b))
+    scale = np.sqrt((a**2).mean(axis=-1) * (b**2).mean(axis=-1))
+    flat = scale <= 1e-15 * (np.abs(a).max() * np.abs(b).max() or 1.0)
+    return np.where(flat, 0.0, (a * b).mean(axis=-1) / np.where(flat, 1.0, scale))
 
 
 def _finite_losses(losses: ArrayLike, name: str, task: str) -> Array:

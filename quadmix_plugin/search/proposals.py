@@ -1,203 +1,211 @@
-"""θ*: the paper's search. Draw many θ by Algorithm 1, predict their losses, average the best.
+"""θ*: a search of the regressors' predictions, beside what it must be judged against.
 
-The prediction of θ* comes with what it must be judged against: the best draws, the spread of all draws, and the
-best proxy that was really trained. How good the regressor is, is measured in ``evaluation``.
+The default goes from the mean of the best draws into a trust region (``optimise``); the paper's procedure is the mean
+itself, by LightGBM. Both are always computed, and both are held against the best proxy that was really trained. How
+good the regressor is, is measured in ``evaluation``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.parameters import Parameters, ParameterSpace, average_parameters, sample_parameter_vectors
-from quadmix_plugin.schema import ScoreTable
+from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.search.evaluation import require_losses
-from quadmix_plugin.search.features import SIZE, FeatureMap, Kind
 from quadmix_plugin.search.objective import Objective
-from quadmix_plugin.search.regressors import Regressor
+from quadmix_plugin.search.optimise import Draws, TrustRegion, pareto_front, predict_draws, refine
+from quadmix_plugin.search.regressors import LightGBM, Regressor
+from quadmix_plugin.search.spaces import Average, SearchSpace
+from quadmix_plugin.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
+Method = Literal["trust_region", "paper"]
 
-PAPER_SPACE = ParameterSpace()
-
-_BLOCK = 4096
-_SEARCH_STREAM = 0x5EA4C4  # keeps the draws of a search apart from those of the proxies, whatever the seeds
 _QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
+class SearchSettings:
+    """How θ* is searched for; see ``propose``."""
+
+    method: Method = "trust_region"
+    draws: int = 100_000
+    top: int = 10
+    average: Average = "unit"
+    region: TrustRegion = field(default_factory=TrustRegion)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top <= self.draws:
+            raise InputError(f"search: top {self.top} of {self.draws} draws; give 1 <= top <= draws")
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """One θ with its losses per task and its objective: predicted for a draw, measured for a proxy."""
+    """One point with its losses per task and its objective: predicted, or measured for a proxy.
+
+    ``sd``: task → standard deviation of what the predicted mean may be off by, for the tasks that count; empty where
+    measured, and for the averaged draws.
+    """
 
     number: int
-    theta: Parameters
+    point: Array
     losses: dict[str, float]
     objective: float
+    sd: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain content for JSON, without θ."""
-        return {"number": self.number, "losses": self.losses, "objective": self.objective}
+        """Plain content for JSON, without the point."""
+        return {"number": self.number, "losses": self.losses, "objective": self.objective, "sd": self.sd}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Proposal:
     """θ* and what it is to be judged against.
 
-    ``losses`` and ``objective_value``: predicted for ``theta``; ``top``: the averaged draws, best first, predicted;
-    ``quantiles``: of the predicted objective over all draws, share → value; ``draws``: how many; ``empty``: how many
-    of them select at most one token and were left out (0 for ``features="theta"``, which cannot tell);
-    ``best_proxy``: the proxy with the lowest measured objective, and ``best_proxy_predicted`` what the regressor,
-    which saw it, says of it; ``regressors``: fitted on all proxies, one per task, on the losses as they are.
+    ``best``: the result of ``method``; ``ways``: every way to it, predicted by the same regressors: ``trust_region``,
+    ``draws`` (mean of the best draws) and ``paper`` (mean of the draws that LightGBM finds best); ``top``: the
+    averaged draws, best first; ``drawn``: predictions of all draws; ``front``: numbers of the draws that no other
+    beats in all tasks; ``best_proxy``: the proxy of the lowest measured objective, and ``best_proxy_predicted`` what
+    the regressors, which saw it, say of it; ``surrogate``: fitted on all proxies.
     """
 
-    theta: Parameters
-    losses: dict[str, float]
-    objective_value: float
+    space: SearchSpace
+    method: Method
+    best: Candidate
+    ways: dict[str, Candidate]
     top: tuple[Candidate, ...]
-    quantiles: dict[float, float]
-    draws: int
-    empty: int
+    drawn: Draws
+    front: NDArray[np.intp]
     best_proxy: Candidate
     best_proxy_predicted: Candidate
-    objective: Objective
-    regressors: dict[str, Regressor]
+    surrogate: Surrogate
+
+    @property
+    def theta(self) -> Parameters:
+        """θ*, where the space is one of parameters."""
+        return self.space.parameters(self.best.point)  # type: ignore[attr-defined]
+
+    @property
+    def objective(self) -> Objective:
+        """The weighting of the tasks."""
+        return self.surrogate.objective
+
+    @property
+    def empty(self) -> int:
+        """Draws that could not be used: they select at most one token (never so for ``features: theta``)."""
+        return int((~self.drawn.usable).sum())
+
+    @property
+    def quantiles(self) -> dict[float, float]:
+        """Of the predicted objective over the usable draws, share → value."""
+        value = self.drawn.value[self.drawn.usable]
+        return {share: float(np.quantile(value, share)) for share in _QUANTILES}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain content for JSON: θ* is in ``theta``, the regressors are left out."""
+        """Plain content for JSON; the regressors are left out."""
         return {
-            "theta": self.theta.to_dict(),
-            "losses": self.losses,
-            "objective_value": self.objective_value,
+            "method": self.method,
+            "theta": self.space.describe(self.best.point),
+            **self.best.to_dict(),
+            "ways": {name: each.to_dict() for name, each in self.ways.items()},
             "top": [each.to_dict() for each in self.top],
             "quantiles": {str(share): value for share, value in self.quantiles.items()},
-            "draws": self.draws,
+            "draws": self.drawn.value.size,
             "empty": self.empty,
             "best_proxy": self.best_proxy.to_dict(),
             "best_proxy_predicted": self.best_proxy_predicted.to_dict(),
-            "objective": asdict(self.objective),
+            "objective_of": asdict(self.objective),
         }
 
 
 def propose(
-    thetas: Sequence[Parameters],
+    space: SearchSpace,
+    points: Array,
     losses: Mapping[str, ArrayLike],
-    table: ScoreTable,
-    normalised: ArrayLike,
     make: Callable[[], Regressor],
     *,
     weights: Mapping[str, float] | None = None,
-    features: Kind = "theta+derived",
-    space: ParameterSpace = PAPER_SPACE,
-    draws: int = 100_000,
-    top: int = 10,
-    average: Literal["unit", "paper"] = "unit",
-    seed: int = 0,
+    settings: SearchSettings = SearchSettings(),
+    surrogate: Surrogate | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Proposal:
-    """The paper's search (§3.4): predict ``draws`` θ of Algorithm 1 and average the ``top`` with the lowest objective.
+    """Searches the best point of a space by what ``points`` [T, w] and their ``losses`` (task → [T]) teach.
 
-    ``thetas`` and ``losses`` (task → [T]) are the trained proxies, one row per θ; ``table`` and ``normalised`` [n, N]
-    the corpus over which derived features are computed; ``make`` returns a new regressor; ``weights`` as in
-    ``Objective``; ``progress`` is called with the number of draws done. The draws never repeat those of the proxies,
-    even under the same ``seed``. Memory: blocks of 4,096 draws, and 8 bytes a draw.
+    ``make`` returns a new regressor; ``weights`` as in ``Objective``; ``surrogate``: one fitted already, in place of
+    ``make``; ``progress`` is called with the number of draws done. The draws never repeat those of the proxies, even
+    under the same seed.
 
     Raises:
-        InputError: losses that are not finite or constant, θ of another corpus, fewer draws than ``top``, no draw
-            that selects anything, or a regressor whose predictions are not finite.
+        InputError: losses that are not finite or constant, fewer draws than ``top``, no draw that can be used, or a
+            regressor whose predictions are not finite.
     """
-    if not 1 <= top <= draws:
-        raise InputError(f"search: top {top} of {draws} draws; give 1 <= top <= draws")
-    columns = FeatureMap.of(table, normalised, features)
-    real = require_losses(losses, len(thetas))
+    real = require_losses(losses, len(points))
     objective = Objective.of(real, weights)
-    x = columns.features(thetas)
-    surrogate = _Surrogate(columns, {task: _fit(make(), x, y) for task, y in real.items()}, objective)
-    values, numbers, vectors = _best_draws(surrogate, _draw(draws, columns, space, seed), top, progress)
-    useful = np.isfinite(values)
-    if not useful.any():
-        raise InputError(f"search: none of {draws} draws selects a token of this corpus; widen space.omega_max")
-
-    keep = useful[numbers]
-    candidates = surrogate.candidates(vectors[keep], numbers[keep])
-    theta = average_parameters([candidate.theta for candidate in candidates], average)
-    of_theta = surrogate.candidates(theta.to_vector()[None], [0])[0]
+    x = space.features(points)
+    if (bad := ~np.isfinite(x).all(axis=1)).any():
+        raise InputError(
+            f"search: rows {np.flatnonzero(bad)[:5].tolist()} of the trained proxies cannot be used here; search under "
+            f"the settings that they were trained with"
+        )
+    if surrogate is None:
+        surrogate = Surrogate.fit(make, x, real, objective, seed=settings.seed)
+    paper = Surrogate.fit(_papers_trees, x, real, objective, uncertain=False)
+    drawn = predict_draws(space, surrogate, paper, settings.draws, settings.top, settings.seed, progress)
+    means = {
+        "draws": space.mean(drawn.points, settings.average),
+        "paper": space.mean(drawn.paper_points, settings.average),
+    }
+    found = {**means, "trust_region": refine(space, surrogate, means["draws"], settings.region, settings.seed)}
+    ways = {name: _candidates(space, surrogate, point[None], [0])[0] for name, point in found.items()}
     measured = objective.value(real)
     row = int(np.argmin(measured))
+    tasks = objective.tasks
     return Proposal(
-        theta=theta,
-        losses=of_theta.losses,
-        objective_value=of_theta.objective,
-        top=tuple(candidates),
-        quantiles={share: float(np.quantile(values[useful], share)) for share in _QUANTILES},
-        draws=draws,
-        empty=int((~useful).sum()),
-        best_proxy=Candidate(row, thetas[row], {task: float(y[row]) for task, y in real.items()}, float(measured[row])),
-        best_proxy_predicted=surrogate.candidates(columns.vectors([thetas[row]]), [row])[0],
-        objective=objective,
-        regressors=surrogate.regressors,
+        space=space,
+        method=settings.method,
+        best=ways["trust_region" if settings.method == "trust_region" else "draws"],
+        ways=ways,
+        top=tuple(_candidates(space, surrogate, drawn.points, drawn.numbers, uncertain=False)),
+        drawn=drawn,
+        front=pareto_front(np.stack([drawn.losses[task] for task in tasks], axis=1)) if len(tasks) > 1 else _NONE,
+        best_proxy=Candidate(
+            row, points[row], {task: float(y[row]) for task, y in real.items()}, float(measured[row]), {}
+        ),
+        best_proxy_predicted=_candidates(space, surrogate, points[row][None], [row])[0],
+        surrogate=surrogate,
     )
 
 
-@dataclass(frozen=True)
-class _Surrogate:
-    """From θ to predicted losses: features, then one regressor per task."""
-
-    columns: FeatureMap
-    regressors: dict[str, Regressor]
-    objective: Objective
-
-    def objective_of(self, vectors: Array) -> Array:
-        """The predicted objective [n]; infinite where nothing is selected."""
-        x = self.columns.features(vectors)
-        value = self.objective.value({task: self.regressors[task].predict(x) for task in self.objective.tasks})
-        if not np.isfinite(value).all():
-            raise InputError("search: the regressor predicts losses that are not finite; check its options")
-        if self.columns.kind == "theta":
-            return value
-        return np.where(x[:, self.columns.names().index(SIZE)] <= 0.0, np.inf, value)
-
-    def candidates(self, vectors: Array, numbers: ArrayLike) -> list[Candidate]:
-        """θ with the predicted losses of all tasks, those of weight 0 too."""
-        x = self.columns.features(vectors)
-        losses = {task: regressor.predict(x) for task, regressor in self.regressors.items()}
-        objective = self.objective.value(losses)
-        return [
-            Candidate(
-                int(number),
-                self.columns.parameters(vectors[i]),
-                {task: float(y[i]) for task, y in losses.items()},
-                float(objective[i]),
-            )
-            for i, number in enumerate(np.asarray(numbers))
-        ]
+_NONE = np.empty(0, dtype=np.intp)
 
 
-def _best_draws(
-    surrogate: _Surrogate, blocks: Iterator[tuple[int, Array]], top: int, progress: Callable[[int], None]
-) -> tuple[Array, NDArray[np.int64], Array]:
-    """The predicted objective of all draws, and number and θ of the ``top`` best, best first."""
-    values, numbers, vectors = np.empty(0), np.empty(0, np.int64), np.empty((0, surrogate.columns.width))
-    for start, block in blocks:
-        values = np.concatenate([values, surrogate.objective_of(block)])
-        numbers = np.concatenate([numbers, np.arange(start, values.size)])
-        keep = np.argsort(values[numbers], kind="stable")[:top]  # of equal draws the first
-        numbers, vectors = numbers[keep], np.concatenate([vectors, block])[keep]
-        progress(values.size)
-    return values, numbers, vectors
+def _papers_trees() -> Regressor:
+    return LightGBM()
 
 
-def _fit(regressor: Regressor, x: Array, y: Array) -> Regressor:
-    regressor.fit(x, y)
-    return regressor
-
-
-def _draw(n: int, columns: FeatureMap, space: ParameterSpace, seed: int) -> Iterator[tuple[int, Array]]:
-    """Draws [_BLOCK, ...] with the number of their first; a longer search begins with the draws of a shorter one."""
-    for block, start in enumerate(range(0, n, _BLOCK)):
-        entropy = np.random.SeedSequence([_SEARCH_STREAM, seed, block]).generate_state(2, np.uint64)
-        size = min(_BLOCK, n - start)
-        scorers, domains = len(columns.scorers), len(columns.domains)
-        yield start, sample_parameter_vectors(size, scorers, domains, int(entropy[0]), space=space)
+def _candidates(
+    space: SearchSpace,
+    surrogate: Surrogate,
+    points: Array,
+    numbers: Sequence[int] | NDArray[np.int64],
+    uncertain: bool = True,
+) -> list[Candidate]:
+    """Points with the predicted losses of all tasks, those of weight 0 too."""
+    x = space.features(points)
+    losses = surrogate.losses(x)
+    objective = surrogate.objective.value(losses)
+    sd = {task: surrogate.with_sd(task, x)[1] for task in surrogate.objective.tasks if uncertain}
+    return [
+        Candidate(
+            int(number),
+            points[i],
+            {task: float(y[i]) for task, y in losses.items()},
+            float(objective[i]),
+            {task: float(s[i]) for task, s in sd.items()},
+        )
+        for i, number in enumerate(numbers)
+    ]

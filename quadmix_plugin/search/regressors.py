@@ -1,11 +1,12 @@
 """Regressors from features to a loss: the plug-ins of ``quadmix_plugin.regressors``.
 
-A regressor is a dataclass whose fields are its options, with ``fit``, ``predict`` and ``to_text``. Which features it
-gets, how it is judged and what its predictions are used for is decided elsewhere.
+A regressor is a dataclass whose fields are its options, with ``fit``, ``predict`` and ``to_text``; one that knows
+how far its predictions may be off also has ``predict_with_sd``. Here are the protocol and gradient-boosted trees, the
+paper's choice. Which features a regressor gets, how it is judged and what it is used for is decided elsewhere.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import lightgbm
 
 Array = NDArray[np.float64]
+
+_FEWEST_COLUMNS, _FEWEST_SHARE = 12, 0.3
 
 
 class Regressor(Protocol):
@@ -35,26 +38,51 @@ class Regressor(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsItsError(Protocol):
+    """A regressor with an uncertainty of its own; that of others is estimated by refits on resampled rows."""
+
+    def predict_with_sd(self, x: ArrayLike) -> tuple[Array, Array]:
+        """Predicted y [n], and the standard deviation [n] of what its mean may be off by, without the noise of y."""
+        ...
+
+
+def require_rows(x: ArrayLike, y: ArrayLike, fewest: int, remedy: str) -> tuple[Array, Array]:
+    """Features [n, f] and losses [n] as float64.
+
+    Raises:
+        InputError: shapes that differ, y not finite, or fewer than ``fewest`` rows, with ``remedy``.
+    """
+    features, target = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if features.ndim != 2 or target.shape != features.shape[:1]:
+        raise InputError(f"regressor: features {features.shape} and losses {target.shape}; give one loss per row")
+    if (bad := ~np.isfinite(target)).any():
+        raise InputError(f"regressor: losses of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; drop them")
+    if target.size < fewest:
+        raise InputError(f"regressor: {target.size} rows to fit on, {fewest} are needed; {remedy}")
+    return features, target
+
+
 @dataclass
 class LightGBM:
     """Gradient-boosted trees, the paper's regressor, with defaults for tens to hundreds of rows.
 
-    LightGBM's own defaults ask for 20 rows in a leaf, and so predict a constant from 32 rows. The settings of RegMix'
-    published notebook: ``trees: 1000, learning_rate: 0.01, leaves: 31, min_child_samples: 20, colsample: 1, seed: 42``;
-    its early stopping looked at the test rows, ``early_stopping`` here looks at rows held out of those to fit on.
-    The same rows and options give the same model, byte for byte.
+    LightGBM's own defaults ask for 20 rows in a leaf, and so predict a constant from 32 rows. ``lightgbm-published``
+    has the settings of RegMix' published notebook. The same rows and options give the same model, byte for byte.
     """
 
     trees: Annotated[int, Field(ge=1)] = 150
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     leaves: Annotated[int, Field(ge=2)] = 8
     min_child_samples: Annotated[int, Field(ge=1)] = 5
-    colsample: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Share of the features that a tree may use."""
+    colsample: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the features that a tree may use; None: 12 of them, at least .3."""
     lambda_l1: Annotated[float, Field(ge=0)] = 0.0
     lambda_l2: Annotated[float, Field(ge=0)] = 0.0
     early_stopping: Annotated[int, Field(ge=0)] = 0
     """Stop after so many trees without gain on held-out rows; 0: never."""
+    stop_on: Literal["l2", "either"] = "l2"
+    """What must gain: the squared error, or neither it nor the absolute error may stand still."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the rows held out for ``early_stopping``."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -66,30 +94,28 @@ class LightGBM:
         """With fewer rows there could be no two leaves."""
         return 2 * self.min_child_samples
 
-    def fit(self, x: ArrayLike, y: ArrayLike) -> None:
+    def fit(self, x: ArrayLike, y: ArrayLike, held: tuple[ArrayLike, ArrayLike] | None = None) -> None:
         """Fits the trees to y [n] from x [n, f]; a missing feature may be NaN.
+
+        ``held``: rows for ``early_stopping`` in place of a share of the given ones. Rows that are also reported on
+        make the report look better than it is.
 
         Raises:
             InputError: shapes that differ, y not finite, or fewer rows than two leaves need.
         """
         import lightgbm
 
-        features, target = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-        if features.ndim != 2 or target.shape != features.shape[:1]:
-            raise InputError(f"regressor: features {features.shape} and losses {target.shape}; give one loss per row")
-        if (bad := ~np.isfinite(target)).any():
-            raise InputError(f"regressor: losses of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; drop them")
-        train, held = self._split(target.size)
-        if train.size < self.fewest_rows:
-            raise InputError(
-                f"regressor: {train.size} rows to fit on, but min_child_samples={self.min_child_samples} needs "
-                f"{self.fewest_rows}; train more proxies or lower min_child_samples"
-            )
-        parameters = self._parameters()
-        rows = lightgbm.Dataset(features[train], target[train], params=parameters)
+        remedy = f"min_child_samples={self.min_child_samples} asks for them: train more proxies or lower it"
+        features, target = require_rows(x, y, 1, remedy)
+        train, out = self._split(target.size if held is None else 0)
+        if held is None:
+            held, (features, target) = (features[out], target[out]), (features[train], target[train])
+        features, target = require_rows(features, target, self.fewest_rows, remedy)
+        parameters = self._parameters(features.shape[1])
+        rows = lightgbm.Dataset(features, target, params=parameters)
         checks: dict[str, Any] = {}
-        if held.size:
-            checks["valid_sets"] = [rows.create_valid(features[held], target[held])]
+        if self.early_stopping:
+            checks["valid_sets"] = [rows.create_valid(np.asarray(held[0], np.float64), np.asarray(held[1], np.float64))]
             checks["callbacks"] = [lightgbm.early_stopping(self.early_stopping, verbose=False)]
         self._model = lightgbm.train(parameters, rows, num_boost_round=self.trees, **checks)
 
@@ -112,14 +138,15 @@ class LightGBM:
         order = np.random.default_rng(self.seed).permutation(n)
         return np.sort(order[held:]), np.sort(order[:held])
 
-    def _parameters(self) -> dict[str, Any]:
+    def _parameters(self, columns: int) -> dict[str, Any]:
+        share = self.colsample or min(1.0, max(_FEWEST_SHARE, _FEWEST_COLUMNS / columns))
         return {
             "objective": "regression",
-            "metric": "l2",
+            "metric": "l2" if self.stop_on == "l2" else ["l1", "l2"],
             "learning_rate": self.learning_rate,
             "num_leaves": self.leaves,
             "min_data_in_leaf": self.min_child_samples,
-            "feature_fraction": self.colsample,
+            "feature_fraction": share,
             "lambda_l1": self.lambda_l1,
             "lambda_l2": self.lambda_l2,
             "seed": self.seed,
@@ -128,3 +155,20 @@ class LightGBM:
             "force_row_wise": True,  # the other layout sums in another order
             "verbosity": -1,
         }
+
+
+@dataclass
+class PublishedLightGBM(LightGBM):
+    """LightGBM with the settings of RegMix' published notebook (sail-sg/regmix, regression_fitting/regression.ipynb).
+
+    The notebook stopped early on the rows that it reported; ``quadmix fit --early-stop-on-test`` does the same.
+    """
+
+    trees: Annotated[int, Field(ge=1)] = 1000
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    leaves: Annotated[int, Field(ge=2)] = 31
+    min_child_samples: Annotated[int, Field(ge=1)] = 20
+    colsample: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    early_stopping: Annotated[int, Field(ge=0)] = 3
+    stop_on: Literal["l2", "either"] = "either"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
