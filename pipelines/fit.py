@@ -7,20 +7,22 @@ with the tables is found before anything is fitted, and nothing is written befor
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin import registry
-from quadmix_plugin.errors import InputError
+from quadmix_plugin.errors import InputError, UsageError
+from quadmix_plugin.pipelines.fit_gain import Judged, gain
 from quadmix_plugin.search.evaluation import Metrics, bootstrap_intervals, cross_validate
 from quadmix_plugin.search.gain import Prediction
 from quadmix_plugin.search.objective import Objective
@@ -41,15 +43,15 @@ from quadmix_plugin.search.tables import (
 )
 from quadmix_plugin.store import atomic_path, write_json
 
+if TYPE_CHECKING:
+    from quadmix_plugin.figures import Drawing
+
 Array = NDArray[np.float64]
 Progress = Callable[[str, int, int | None], None]
 
 METRICS, OPTIMUM, PREDICTIONS, REGRESSOR = "metrics.json", "optimum.json", "predictions.parquet", "regressor.txt"
 FIGURES = "figures"
 _REPEATS = 3
-_COMPARED = ("gp", "lightgbm", "svr-linear", "svr-rbf")
-_COMPARED_ROWS = 640  # a curve of more rows takes minutes
-_UNITS_OF_SEVERAL = "standard deviations of the losses"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class FitSettings:
             raise InputError("--early-stop-on-test: there are no test rows; give --test-features and --test-losses")
         if self.folds < 2:
             raise InputError(f"--folds {self.folds}: give at least 2")
+        if self.method not in get_args(Method):
+            raise InputError(f"--method {self.method!r}: unknown; give {' or '.join(get_args(Method))}")
 
 
 def fit(settings: FitSettings, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
@@ -119,21 +123,6 @@ def fit(settings: FitSettings, progress: Progress = lambda stage, done, total: N
     metrics = _metrics(settings, train, test, judged, proposal)
     _write(settings.out, former, metrics, judged, proposal, drawings)
     return metrics
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """Predictions of one target for rows that the models had not seen: ``real`` [n], ``predicted`` [repeats, n]."""
-
-    keys: list[str]
-    real: Array
-    predicted: Array
-    metrics: Metrics
-
-    @property
-    def error(self) -> float:
-        """Root mean squared error."""
-        return float(np.sqrt(((self.predicted - self.real) ** 2).mean()))
 
 
 def _maker(settings: FitSettings) -> Callable[[], Regressor]:
@@ -282,57 +271,7 @@ def _metrics(
             name: {"objective": each.objective, "losses": each.losses, "point": space.describe(each.point)}
             for name, each in proposal.ways.items()
         },
-        "gain": _gain(train, judged, proposal),
-    }
-
-
-def _gain(train: FitRows, judged: Mapping[str, Judged], proposal: Proposal) -> dict[str, Any]:
-    """Is the optimum better than the mean row, and than the best one? In losses, or in the objective for several."""
-    objective = proposal.objective
-    unit, scale, middle = _UNITS_OF_SEVERAL, 1.0, 0.0
-    if len(objective.tasks) == 1:
-        (target,) = objective.tasks
-        unit, scale, middle = "of the loss", objective.sd[target], objective.mean[target]
-    x = proposal.space.features(proposal.best.point[None])
-    _, sd = proposal.surrogate.value_with_sd(x)
-    at = Prediction(
-        middle + scale * proposal.best.objective, scale * _objective_error(objective, judged), scale * float(sd[0])
-    )
-    rivals = {
-        "mean_row": ("the mean row", middle),
-        "best_row": (
-            f"the best measured row ({train.key} {train.keys[proposal.best_proxy.number]})",
-            middle + scale * proposal.best_proxy.objective,
-        ),
-    }
-    found = {name: _gain_over(said, level, at, unit) for name, (said, level) in rivals.items()}
-    return {"unit": unit, "predicted": at.to_dict(), **found}
-
-
-def _objective_error(objective: Objective, judged: Mapping[str, Judged]) -> float:
-    """Root mean squared error of the predicted objective."""
-    real = objective.value({target: judged[target].real for target in objective.tasks})
-    predicted = objective.value({target: judged[target].predicted for target in objective.tasks})
-    return float(np.sqrt(((predicted - real) ** 2).mean()))
-
-
-def _gain_over(rival: str, level: float, at: Prediction, unit: str) -> dict[str, Any]:
-    gain = level - at.loss
-    error = float(np.hypot(at.error, at.sd))
-    evident = at.high < level
-    said = f"over {rival}: predicted gain {gain:+.4f} {unit}, {gain / error:.1f} × its error"
-    interval = f"95 % {gain - at.half:+.4f} to {gain + at.half:+.4f}"
-    sentence = (
-        f"A gain is to be expected {said} ({interval})." if evident else f"No evidence of gain {said} ({interval})."
-    )
-    return {
-        "level": level,
-        "gain": gain,
-        "in_errors": gain / error,
-        "low": gain - at.half,
-        "high": gain + at.half,
-        "evidence": evident,
-        "sentence": sentence,
+        "gain": gain(train, judged, proposal),
     }
 
 
@@ -343,30 +282,14 @@ def _drawings(
     judged: Mapping[str, Judged],
     surrogate: Surrogate,
     progress: Progress,
-) -> list[Any]:
-    from quadmix_plugin import figures
-    from quadmix_plugin.search.insight import error_by_rows, importance
+) -> list["Drawing"]:
+    from quadmix_plugin.pipelines.fit_figures import insight_drawings, prediction_drawings
 
-    drawings = [
-        figures.predicted_real(
-            target, each.real, each.predicted.mean(axis=0), None, f"Spearman {each.metrics.spearman:.3f}"
-        )
-        for target, each in judged.items()
-    ]
-    target, y = next(iter(train.losses.items()))
-    progress("figures", 0, 2)
-    few = np.sort(np.random.default_rng(settings.seed).permutation(y.size)[:_COMPARED_ROWS])
-    makers = {name: registry.load("regressors", name) for name in _COMPARED}
-    curves = error_by_rows(makers, train.x[few], y[few], seed=settings.seed)
-    if curves:
-        drawings.append(figures.error_by_proxies(target, curves, "units of the loss"))
-    progress("figures", 1, 2)
+    shown = {target: (each.real, each.predicted.mean(axis=0), each.metrics.spearman) for target, each in judged.items()}
+    target = next(iter(train.losses))
     chosen = getattr(surrogate.regressors[target], "chosen", "")
     maker = registry.load("regressors", chosen) if chosen else make  # what auto chose, not its choice over again
-    found = importance(maker, train.x[few], y[few], train.names, seed=settings.seed)
-    drawings.append(figures.importance(found.names, found.mean, found.sd, task=target))
-    progress("figures", 2, 2)
-    return drawings
+    return [*prediction_drawings(shown), *insight_drawings(target, train, maker, settings.seed, progress)]
 
 
 def _write(
@@ -375,7 +298,7 @@ def _write(
     metrics: dict[str, Any],
     judged: Mapping[str, Judged],
     proposal: Proposal,
-    drawings: list[Any],
+    drawings: list["Drawing"],
 ) -> None:
     """All files, each whole or not at all; ``metrics.json`` last, so that what has it is complete."""
     parts = [
@@ -408,3 +331,21 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options of a regressor from ``KEY=VALUE`` texts; a value is YAML.
+
+    Raises:
+        UsageError: no ``=``, or a value that is no YAML.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not (key and equals):
+            raise UsageError(f"--set {pair}: give KEY=VALUE of the regressor, such as trees=300")
+    return options

@@ -8,6 +8,7 @@ from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.context import Run, trainer_options
 from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
+from quadmix_plugin.pipelines.proxy_rounds import require_first_round
 from quadmix_plugin.pipelines.select import frozen_rank_map
 from quadmix_plugin.proxy.training import tokens_per_batch
 from quadmix_plugin.proxy.validation import Row, choose_rows, read_rows, tokenise_rows, validation_sets
@@ -110,6 +111,7 @@ def _check_number_of_proxies(run: Run) -> None:
             f"proxy.number: {number} proxies leave {max(left, 0)} to fit on in a {settings.folds}-fold "
             f"cross-validation; {settings.regressor} needs {fewest}, so train more proxies"
         )
+    require_first_round(run)
 
 
 def _validation_rows(run: Run) -> list[Row]:

@@ -52,7 +52,7 @@ def verdict(run: Run) -> Verdict | None:
     """What the comparison shows, in words; None while ``pretrain`` or ``search`` has not run."""
     if not (run.step("pretrain").is_done and run.step("search").is_done):
         return None
-    weights = run.step("search").read_json("search/metrics.json")["optimum"]["objective"]["weights"]
+    weights = run.step("search").read_json("search/metrics.json")["optimum"]["objective_of"]["weights"]
     losses: dict[str, dict[str, list[float]]] = {}
     for row in run.step("pretrain").read_table("pretrain/results.parquet").to_pylist():
         tasks = {name.removeprefix(LOSS_PREFIX): row[name] for name in row if name.startswith(LOSS_PREFIX)}

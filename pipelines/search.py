@@ -87,7 +87,7 @@ class _Search:
         proposal = self._propose(space, points, losses, weights)
         names, objective = columns.names(), proposal.objective.value(losses)
         learning = error_by_rows(_makers(), x, objective, seed=run.seed_for("learning curve"))
-        matters = importance(_maker(run), x, objective, names, seed=run.seed_for("importance"))
+        matters = importance(_chosen(run, proposal), x, objective, names, seed=run.seed_for("importance"))
         expected = expected_gain(run, proposal, judged, self._theta(proposal))
         self._write_tables(proposal, judged, numbers, matters)
         metrics = _metrics(judged, proposal, numbers)
@@ -192,6 +192,13 @@ def gated_weights(run: Run, losses: dict[str, Any]) -> tuple[dict[str, float], d
 def _maker(run: Run) -> Callable[[], Regressor]:
     settings = run.recipe.search
     return lambda: registry.create("regressors", settings.regressor, settings.options, "search.options")
+
+
+def _chosen(run: Run, proposal: Proposal) -> Callable[[], Regressor]:
+    """The recipe's regressor; where that is ``auto``, the one chosen for the task of the largest weight."""
+    weights = proposal.objective.weights
+    name = getattr(proposal.surrogate.regressors[max(weights, key=weights.__getitem__)], "chosen", "")
+    return registry.load("regressors", name) if name else _maker(run)
 
 
 def _makers() -> dict[str, Callable[[], Regressor]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from quadmix_plugin.errors import QuadmixError
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SHOWN = 8
 
 _stdout = Console(soft_wrap=True)
 _stderr = Console(stderr=True, soft_wrap=True)
@@ -219,6 +220,56 @@ def plan(
 
 
 @app.command(rich_help_panel="Around a run")
+def fit(
+    features: Annotated[Path, typer.Option("--features", help="Table of inputs, CSV or Parquet: a row per proxy.")],
+    losses: Annotated[Path, typer.Option("--losses", help="Table of their losses, joined on a shared column.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for metrics.json, optimum.json, predictions, figures.")],
+    test_features: Annotated[Path | None, typer.Option(help="Inputs of rows to measure on.")] = None,
+    test_losses: Annotated[Path | None, typer.Option(help="Their losses; without test rows: cross-validation.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="COL", help="Loss column or a part of its name; repeatable. [all]")
+    ] = None,
+    regressor: Annotated[str, typer.Option(help="auto, gp, lightgbm, svr-linear, … as in quadmix plugins.")] = "auto",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Sets an option of the regressor.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="trust_region, or paper: the mean of the best draws.")] = "trust_region",
+    draws: Annotated[int, typer.Option(min=1, help="Points that are drawn and predicted.")] = 100_000,
+    top: Annotated[int, typer.Option(min=1, help="The best of them, which are averaged.")] = 10,
+    prior: Annotated[
+        Path | None, typer.Option(help="JSON: Dirichlet weights of mixtures, by column. [mean of the rows]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, draws and search.")] = 0,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,
+    early_stop_on_test: Annotated[
+        bool, typer.Option("--early-stop-on-test", help="Stops by the test rows, as RegMix published; flatters them.")
+    ] = False,
+    drop_unmatched: Annotated[
+        bool, typer.Option("--drop-unmatched", help="Leaves out rows of features without losses.")
+    ] = False,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draws DIR/figures.")] = True,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search without training: fits tables of inputs and losses, says how far to trust it, finds the best input."""
+    _quiet(verbose)
+    from quadmix_plugin.pipelines import fit as fitting
+
+    settings = fitting.FitSettings(
+        features, losses, out, test_features, test_losses, tuple(target or ()), regressor,
+        fitting.parse_options(set_ or ()), method, draws, top, prior, seed, folds, early_stop_on_test,  # type: ignore[arg-type]
+        drop_unmatched, figures,
+    )  # fmt: skip
+    with _progress(as_json) as progress:
+        metrics = fitting.fit(settings, *([progress] if progress else []))
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    _print_fit(metrics)
+    _stdout.print(f"written to {out}", markup=False, highlight=False)
+
+
+@app.command(rich_help_panel="Around a run")
 def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")], as_json: AsJson = False
 ) -> None:
@@ -298,6 +349,29 @@ def _run_steps(
             _stdout.print(line, markup=False, highlight=False)
     if summary.get("report"):
         _stdout.print(f"report: {summary['report']}", markup=False)
+
+
+def _print_fit(metrics: dict[str, Any]) -> None:
+    tests = metrics["measured_on"] == "test rows"
+    rows = f"{metrics['test_rows']} test rows" if tests else "cross-validation"
+    leak = ", by which early stopping chose" if metrics.get("early_stopped_on_test") else ""
+    table = Table(Column("target", overflow="fold"), "Spearman", "95 %", "Pearson", "MAE", "R²")
+    table.title = f"measured on {rows}{leak}"
+    for name, each in metrics["targets"].items():
+        chosen = metrics.get("chosen", {}).get(name)
+        low, high = each["interval"]["spearman"]
+        numbers = [f"{each['spearman']:.4f}", f"{low:.4f}–{high:.4f}", f"{each['pearson']:.4f}"]
+        numbers += [f"{each['mae']:.4f}", f"{each['r2']:.3f}"]
+        table.add_row(escape(name + (f" ({chosen})" if chosen else "")), *numbers)
+    _stdout.print(table)
+    counts = [f"{metrics[key]} {key}" for key in ("rows", "failed", "unmatched") if metrics[key]]
+    _stdout.print(f"{', '.join(counts)}; regressor {metrics['regressor']}", markup=False, highlight=False)
+    optimum = sorted(metrics["optimum"].items(), key=lambda item: -item[1])
+    more = f" … and {len(optimum) - _SHOWN} more" if len(optimum) > _SHOWN else ""
+    said = ", ".join(f"{name} {value:.4g}" for name, value in optimum[:_SHOWN])
+    _stdout.print(f"optimum, largest first: {said}{more}", markup=False, highlight=False)
+    for rival in ("mean_row", "best_row"):
+        _stdout.print(metrics["gain"][rival]["sentence"], markup=False, highlight=False)
 
 
 def _load(recipe: Path, overrides: list[str] | None, executor: str | None) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from quadmix_plugin.proxy.parts import REPEAT
+
 
 def main() -> None:
     """Reads ``proxies/`` of a run directory."""
@@ -39,9 +41,10 @@ def main() -> None:
 
 
 def _overview(losses: Any, drawn: Any) -> str:
-    thetas, rate = len(drawn), losses["tokens_seen"] / losses["seconds"]
+    thetas, repeats = len(drawn), int((losses["kind"] == REPEAT).sum())
+    rate = losses["tokens_seen"] / losses["seconds"]
     return (
-        f"{thetas} θ and {len(losses) - thetas} repeats, {int(drawn['tokens_seen'].median()):,} tokens each; "
+        f"{thetas} θ and {repeats} repeats, {int(drawn['tokens_seen'].median()):,} tokens each; "
         f"{losses['seconds'].median():.1f} s each (median, evaluation included; {rate.median():,.0f} tokens/s); "
         f"epochs {drawn['epochs'].min():.2f} to {drawn['epochs'].max():.2f}, median {drawn['epochs'].median():.2f}."
     )

@@ -150,7 +150,7 @@ def test_dropped_rows_are_counted_and_are_in_no_later_artifact(tmp_path: Path) -
 
 def test_a_thinned_pool_holds_what_proxies_draw_and_keeps_their_law(tmp_path: Path) -> None:
     corpus = _corpus(6000)
-    proxy = {"number": 14, "tokens": 1200, "pool": "thinned"}
+    proxy = {"number": 14, "tokens": 1200, "pool": "thinned", "baselines": 0}
     recipe = _recipe(tmp_path, corpus, proxy=proxy, select={"theta": None}, corpus={"documents_per_shard": 1000})
     with open_run(load_recipe(recipe), tmp_path / "out") as run:
         run_steps(run, steps_until("export"))

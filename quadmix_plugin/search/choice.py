@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.regressors import KnowsItsError, Regressor, require_rows
+from quadmix_plugin.search.regressors import FEWEST_ROWS, KnowsItsError, Regressor, require_rows
 
 Array = NDArray[np.float64]
 
@@ -35,6 +35,11 @@ class Auto:
     chosen: str = field(default="", init=False, compare=False)
     errors: dict[str, float] = field(default_factory=dict, init=False, compare=False)
     _model: Any = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def fewest_rows(self) -> int:
+        """As many as leave enough to fit on where one fold is held out."""
+        return -(-FEWEST_ROWS * self.folds // (self.folds - 1))
 
     def fit(self, x: ArrayLike, y: ArrayLike) -> None:
         """Chooses and fits.

@@ -244,7 +244,7 @@ def _summary(real: Array, predicted: Array) -> CrossValidation:
 
 
 def _metrics_of_rows(y: Array, p: Array) -> Array:
-    """The numbers of ``Metrics`` [4, ...] over the last axis; 0 where a resample leaves a correlation or R² undefined."""
+    """The numbers of ``Metrics`` [4, ...] over the last axis; 0 where a resample leaves one undefined."""
     from scipy.stats import rankdata
 
     left = ((y - y.mean(axis=-1, keepdims=True)) ** 2).mean(axis=-1)

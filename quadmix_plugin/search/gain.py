@@ -95,7 +95,9 @@ def verdict(gains: list[Gain]) -> tuple[bool, str]:
         return True, f"A gain is to be expected over {against}."
     beaten = [gain.rival for gain in gains if gain.low > 0]
     rest = f" One is to be expected over {', '.join(beaten)}." if beaten else ""
-    return False, f"No evidence of gain over {against}: the prediction's interval holds no difference.{rest}"
+    if strongest.high < 0:
+        return False, f"No gain: θ* is predicted to be worse than {against}.{rest}"
+    return False, f"No evidence of gain over {against}: the interval holds 0.{rest}"
 
 
 def jaccard(tokens: ArrayLike, copies: ArrayLike, others: ArrayLike) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.regressors import require_rows
+from quadmix_plugin.search.regressors import FEWEST_ROWS, require_rows
 
 Array = NDArray[np.float64]
 Transform = Literal["none", "sqrt"]
@@ -23,6 +23,7 @@ Shape = Literal["ard", "isotropic"]
 
 _ARD_COLUMNS = 40  # beyond, a length scale for each is slow to fit and little determined
 _JITTER = 1e-8
+_ENOUGH = 1e-6  # relative gain of the likelihood below which its optimiser stops
 _BLOCK = 4096
 
 
@@ -46,13 +47,18 @@ class GaussianProcess:
     _columns: Any = field(default=None, init=False, repr=False, compare=False)
     _score: float = field(default=float("nan"), init=False, repr=False, compare=False)
 
+    @property
+    def fewest_rows(self) -> int:
+        """With fewer rows length scales say nothing."""
+        return FEWEST_ROWS
+
     def fit(self, x: ArrayLike, y: ArrayLike) -> None:
         """Fits y [n] from x [n, f].
 
         Raises:
             InputError: as ``require_rows`` (8 rows), or a feature that is not finite.
         """
-        features, target = require_rows(x, y, 8, "train more proxies")
+        features, target = require_rows(x, y, FEWEST_ROWS, "train more proxies")
         if (bad := ~np.isfinite(features).all(axis=1)).any():
             raise InputError(
                 f"regressor gp: features of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; fill or drop them"
@@ -168,7 +174,8 @@ def _process(kernel: Any, steps: int | None) -> Any:
     from sklearn.gaussian_process import GaussianProcessRegressor
 
     def optimise(objective: Any, start: Array, bounds: Array) -> tuple[Array, float]:
-        found = minimize(objective, start, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": steps})
+        options = {"maxiter": steps, "ftol": _ENOUGH}
+        found = minimize(objective, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
         return found.x, found.fun
 
     optimiser: Any = optimise if steps else None

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+FEWEST_ROWS = 8
+"""Of smooth regressors."""
+
 _FEWEST_COLUMNS, _FEWEST_SHARE = 12, 0.3
 
 

@@ -98,7 +98,8 @@ class _Chooser:
             "lcb": np.argsort(mean - _BOLD * sd, kind="stable"),
             "random": np.arange(first_draw, len(mean)),
         }[reason]
-        free = [int(row) for row in order if row not in set(self._taken) and np.isfinite(mean[row])]
+        taken = set(self._taken)
+        free = [int(row) for row in order if row not in taken and np.isfinite(mean[row])]
         self._taken += free[:count]
         return free[:count]
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.regressors import require_rows
+from quadmix_plugin.search.regressors import FEWEST_ROWS, require_rows
 
 Array = NDArray[np.float64]
 
@@ -34,6 +34,11 @@ class LinearSVR:
     penalties: ClassVar[tuple[float, ...]] = (0.001, 0.01, 0.1, 1.0)
     _model: Any = field(default=None, init=False, repr=False, compare=False)
 
+    @property
+    def fewest_rows(self) -> int:
+        """With fewer rows C and γ cannot be chosen."""
+        return FEWEST_ROWS
+
     def fit(self, x: ArrayLike, y: ArrayLike) -> None:
         """Fits y [n] from x [n, f].
 
@@ -47,7 +52,7 @@ class LinearSVR:
         from sklearn.preprocessing import StandardScaler
         from sklearn.svm import SVR
 
-        features, target = require_rows(x, y, 8, "train more proxies")
+        features, target = require_rows(x, y, FEWEST_ROWS, "train more proxies")
         if (bad := ~np.isfinite(features).all(axis=1)).any():
             raise InputError(
                 f"regressor: features of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; fill or drop them"

@@ -286,7 +286,7 @@ def _side(path: Path, table: pa.Table, key: str, of_losses: bool) -> Side:
 
 
 def _keys(path: Path, key: str, values: list[Any]) -> list[str]:
-    if empty := [str(row + 1) for row, value in enumerate(values) if value is None]:
+    if empty := [str(row + 1) for row, value in enumerate(values) if value is None or str(value) in ("", "nan")]:
         raise InputError(f"{path}: rows {_some(empty)} (counted from 1) have no {key!r}; give each a key")
     keys = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
     if twice := [name for name, count in Counter(keys).items() if count > 1]:
