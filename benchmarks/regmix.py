@@ -1,6 +1,6 @@
 """The regressors on RegMix' public tables: 512 mixtures of 17 domains, 13 losses, 256 test mixtures.
 
-    OMP_NUM_THREADS=1 python benchmarks/regmix.py ../shared/data/regmix
+    OMP_NUM_THREADS=1 python benchmarks/regmix.py FOLDER
 
 First the published procedure, early stopping on the test rows included, against the published numbers; then every
 regressor on fewer rows: Spearman ×100 on the test rows, mean over random subsets, the same for all regressors.

@@ -51,9 +51,14 @@ def expected_gain(
 def prediction_of(candidate: Candidate, judged: Mapping[str, CrossValidation], objective: Objective) -> Prediction:
     """The weighted loss of a candidate with its interval, from cross-validated errors and its own uncertainty."""
     weights = {task: objective.weights[task] for task in objective.tasks}
-    errors = weighted({task: judged[task].predicted - judged[task].real for task in weights}, weights)
-    sd = float(weighted(candidate.sd, weights))
-    return Prediction(float(weighted(candidate.losses, weights)), float(np.sqrt(np.mean(errors**2))), sd)
+    predicted = weighted({task: judged[task].predicted for task in weights}, weights)
+    errors = predicted - weighted({task: judged[task].real for task in weights}, weights)
+    return Prediction(
+        loss=float(weighted(candidate.losses, weights)),
+        error=float(np.sqrt(np.mean(errors**2))),
+        sd=float(weighted({task: candidate.sd.get(task, 0.0) for task in weights}, weights)),
+        checked=float(predicted.mean(axis=0).min()),
+    )
 
 
 def _noise(run: Run, weights: Mapping[str, float]) -> float | None:

@@ -263,7 +263,9 @@ def _metrics(
         "failed": len(train.failed),
         "unmatched": len(train.unmatched),
         "predicted": {
-            target: Prediction(best.losses[target], each.error, best.sd[target]).to_dict()
+            target: Prediction(
+                best.losses[target], each.error, best.sd.get(target, 0.0), float(each.predicted.mean(axis=0).min())
+            ).to_dict()
             for target, each in judged.items()
         },
         "best_row": {"key": train.keys[row.number], "losses": row.losses, "objective": row.objective},

@@ -38,10 +38,13 @@ def gain(train: FitRows, judged: Mapping[str, Judged], proposal: Proposal) -> di
     if len(objective.tasks) == 1:
         (target,) = objective.tasks
         unit, scale, middle = "loss", objective.sd[target], objective.mean[target]
-    x = proposal.space.features(proposal.best.point[None])
-    _, sd = proposal.surrogate.value_with_sd(x)
+    sd = sum(objective.weights[target] * each / objective.sd[target] for target, each in proposal.best.sd.items())
+    predicted = objective.value({target: judged[target].predicted for target in objective.tasks})
     at = Prediction(
-        middle + scale * proposal.best.objective, scale * _objective_error(objective, judged), scale * float(sd[0])
+        loss=middle + scale * proposal.best.objective,
+        error=scale * _objective_error(objective, judged),
+        sd=scale * float(sd),
+        checked=middle + scale * float(predicted.mean(axis=0).min()),
     )
     rivals = {
         "mean_row": ("the mean row", middle),
@@ -65,10 +68,11 @@ def _gain_over(rival: str, level: float, at: Prediction, unit: str) -> dict[str,
     gain = level - at.loss
     error = float(np.hypot(at.error, at.sd))
     evident = at.high < level
-    amount = f"{gain:+.4f}" if unit == "loss" else f"{gain:+.2f} {unit}"
+    digits = 4 if unit == "loss" else 2
+    amount = f"{gain:+.{digits}f}" + ("" if unit == "loss" else f" {unit}")
     times = f", {gain / error:.1f} × its error" if error else ""
     said = f"over {rival}: predicted gain {amount}{times}"
-    interval = f"95 % {gain - at.half:+.4f} to {gain + at.half:+.4f}"
+    interval = f"95 % {level - at.high:+.{digits}f} to {level - at.low:+.{digits}f}"
     sentence = (
         f"A gain is to be expected {said} ({interval})." if evident else f"No evidence of gain {said} ({interval})."
     )

@@ -227,7 +227,8 @@ def fit(
     test_features: Annotated[Path | None, typer.Option(help="Inputs of rows to measure on.")] = None,
     test_losses: Annotated[Path | None, typer.Option(help="Their losses; without test rows: cross-validation.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(metavar="COL", help="Loss column or a part of its name; repeatable. [all]")
+        list[str] | None,
+        typer.Option(metavar="COL", help="Loss column or a part of its name; repeatable; all if not given."),
     ] = None,
     regressor: Annotated[str, typer.Option(help="auto, gp, lightgbm, svr-linear, … as in quadmix plugins.")] = "auto",
     set_: Annotated[
@@ -237,7 +238,8 @@ def fit(
     draws: Annotated[int, typer.Option(min=1, help="Points that are drawn and predicted.")] = 100_000,
     top: Annotated[int, typer.Option(min=1, help="The best of them, which are averaged.")] = 10,
     prior: Annotated[
-        Path | None, typer.Option(help="JSON: Dirichlet weights of mixtures, by column. [mean of the rows]")
+        Path | None,
+        typer.Option(help="JSON: Dirichlet weights of mixtures, by column; otherwise the mean of the rows."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, draws and search.")] = 0,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,

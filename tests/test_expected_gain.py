@@ -9,7 +9,7 @@ from quadmix_plugin.search.regressors import LightGBM, PublishedLightGBM
 
 
 def test_a_gain_is_in_units_of_the_noise_and_its_interval_holds_all_errors():
-    prediction = Prediction(loss=5.0, error=0.03, sd=0.04)
+    prediction = Prediction(loss=5.0, error=0.03, sd=0.04, checked=4.9)
     assert (prediction.low, prediction.high) == pytest.approx((5 - 1.96 * 0.05, 5 + 1.96 * 0.05))
     gain = gain_over("random", [5.3, 5.1], prediction, noise_sd=0.1, overlap=0.2)
     assert gain.gain == pytest.approx(0.2)
@@ -19,8 +19,18 @@ def test_a_gain_is_in_units_of_the_noise_and_its_interval_holds_all_errors():
     assert gain_over("random", [5.3], prediction, noise_sd=None).in_noise is None
 
 
+def test_beyond_what_was_checked_the_interval_reaches_back_to_it():
+    bold = Prediction(loss=5.0, error=0.03, sd=0.04, checked=5.6)
+    assert bold.low == pytest.approx(5 - 1.96 * 0.05)
+    assert bold.high == pytest.approx(5.6 + 1.96 * 0.05)
+    gain = gain_over("random", [5.65], bold, noise_sd=None)
+    assert gain.gain == pytest.approx(0.65)
+    assert gain.low == pytest.approx(0.05 - 1.96 * 0.05)
+    assert not verdict([gain])[0]
+
+
 def test_the_verdict_is_on_the_strongest_rival():
-    sure, unsure = Prediction(5.0, 0.01, 0.0), Prediction(5.0, 0.5, 0.0)
+    sure, unsure = Prediction(5.0, 0.01, 0.0, 5.0), Prediction(5.0, 0.5, 0.0, 5.0)
     both = {"random": [6.0], "top_k[edu]": [5.2]}
     evidence, text = verdict([gain_over(name, losses, sure, 0.05) for name, losses in both.items()])
     assert evidence

@@ -70,7 +70,7 @@ def test_the_order_of_rows_does_not_matter_but_their_keys_do(tmp_path):
     shuffled.losses = shuffled.losses.sample(frac=1, random_state=1)
     shuffled.features = shuffled.features.sample(frac=1, random_state=2)
     wrong.losses["id"] = list(wrong.losses["id"][::-1])
-    first, same, other = (fit(each.settings()) for each in (plain, shuffled, wrong))
+    first, same, other = (fit(each.settings(targets=("web",))) for each in (plain, shuffled, wrong))
     assert json.dumps(first) == json.dumps(same)
     assert first["targets"]["loss/web"]["spearman"] > 0.85
     assert other["targets"]["loss/web"]["spearman"] < 0.3
@@ -391,6 +391,9 @@ def test_intervals_hold_the_metric_and_narrow_with_the_rows():
         assert low < value < high
         assert high - low < wide[name][1] - wide[name][0]
     assert bootstrap_intervals(y, np.stack([p, p]), 1) == narrow
+    bent = bootstrap_intervals(y, np.exp(3 * y))  # equal ranks, unequal distances
+    assert bent["spearman"] == pytest.approx((1.0, 1.0))
+    assert bent["pearson"][1] < 0.9
     assert bootstrap_intervals(y, np.zeros(400))["spearman"] == (0.0, 0.0)
 
 

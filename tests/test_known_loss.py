@@ -19,7 +19,7 @@ def outcome(seed, *, proxies, draws):
     judged = cross_validate(GaussianProcess, space.features(thetas), {"y": losses}, repeats=1)["y"]
     error = float(np.sqrt(np.mean((judged.real - judged.mean_predicted) ** 2)))
     real = {name: float(truth(way.point[None])[0]) for name, way in found.ways.items()}
-    prediction = Prediction(found.best.losses["y"], error, found.best.sd["y"])
+    prediction = Prediction(found.best.losses["y"], error, found.best.sd["y"], judged.mean_predicted.min())
     return real, prediction.low <= real["trust_region"] <= prediction.high
 
 

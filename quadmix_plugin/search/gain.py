@@ -1,8 +1,8 @@
 """Is there a gain to expect of θ*? Its predicted loss against measured losses of rivals, in units of the noise.
 
 A regressor always finds a θ that it likes. What is to be expected is said before anything is selected or trained:
-the interval of the prediction holds the regressor's cross-validated error, its uncertainty at θ* and the noise of
-the rival's own losses.
+the interval of the prediction holds the regressor's cross-validated error, its uncertainty at θ*, how far it goes
+beyond what could be checked, and the noise of the rival's own losses.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,19 @@ _Z = 1.96  # 95 % of a normal distribution
 class Prediction:
     """A predicted loss with the 95 % interval ``low``..``high`` of the loss of a proxy trained there.
 
-    ``error``: cross-validated root mean squared error; ``sd``: of the predicted mean at this place.
+    ``error``: cross-validated root mean squared error; ``sd``: of the predicted mean at this place; ``checked``: the
+    lowest prediction that cross-validation held against a measured loss. A search goes beyond it, where nothing says
+    how far predictions can be trusted: the interval then reaches from there up to the checked range and its error.
     """
 
     loss: float
     error: float
     sd: float
+    checked: float
 
     @property
     def half(self) -> float:
-        """Half the width of the interval."""
+        """Half the width of the interval, within what was checked."""
         return _Z * float(np.hypot(self.error, self.sd))
 
     @property
@@ -41,7 +44,7 @@ class Prediction:
     @property
     def high(self) -> float:
         """The upper end."""
-        return self.loss + self.half
+        return max(self.loss, self.checked) + self.half
 
     def to_dict(self) -> dict[str, float]:
         """Plain content for JSON."""
@@ -77,8 +80,10 @@ def gain_over(
     values = np.asarray(losses, dtype=np.float64)
     mean = float(values.mean())
     gain = mean - prediction.loss
-    half = _Z * float(np.hypot(prediction.half / _Z, (noise_sd or 0.0) / np.sqrt(values.size)))
-    return Gain(rival, mean, gain, gain / noise_sd if noise_sd else None, gain - half, gain + half, overlap)
+    half = float(np.hypot(prediction.half, _Z * (noise_sd or 0.0) / np.sqrt(values.size)))
+    wider = half - prediction.half
+    low, high = mean - prediction.high - wider, mean - prediction.low + wider
+    return Gain(rival, mean, gain, gain / noise_sd if noise_sd else None, low, high, overlap)
 
 
 def verdict(gains: list[Gain]) -> tuple[bool, str]:

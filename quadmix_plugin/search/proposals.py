@@ -48,7 +48,7 @@ class Candidate:
     """One point with its losses per task and its objective: predicted, or measured for a proxy.
 
     ``sd``: task → standard deviation of what the predicted mean may be off by, for the tasks that count; empty where
-    measured, and for the averaged draws.
+    measured, for the averaged draws, and under ``paper``.
     """
 
     number: int
@@ -66,9 +66,9 @@ class Candidate:
 class Proposal:
     """θ* and what it is to be judged against.
 
-    ``best``: the result of ``method``; ``ways``: every way to it, predicted by the same regressors: ``trust_region``,
-    ``draws`` (mean of the best draws) and ``paper`` (mean of the draws that LightGBM finds best); ``top``: the
-    averaged draws, best first; ``drawn``: predictions of all draws; ``front``: numbers of the draws that no other
+    ``best``: the result of ``method``; ``ways``: every way to it, predicted by the same regressors: ``trust_region``
+    (not under ``paper``), ``draws`` (mean of the best draws) and ``paper`` (mean of those that LightGBM finds best);
+    ``top``: the averaged draws, best first; ``drawn``: predictions of all draws; ``front``: numbers of the draws that no other
     beats in all tasks; ``best_proxy``: the proxy of the lowest measured objective, and ``best_proxy_predicted`` what
     the regressors, which saw it, say of it; ``surrogate``: fitted on all proxies.
     """
@@ -151,23 +151,26 @@ def propose(
             f"search: rows {np.flatnonzero(bad)[:5].tolist()} of the trained proxies cannot be used here; search under "
             f"the settings that they were trained with"
         )
+    refined = settings.method == "trust_region"
     if surrogate is None:
-        surrogate = Surrogate.fit(make, x, real, objective, seed=settings.seed)
+        surrogate = Surrogate.fit(make, x, real, objective, uncertain=refined, seed=settings.seed)
     paper = Surrogate.fit(_papers_trees, x, real, objective, uncertain=False)
     drawn = predict_draws(space, surrogate, paper, settings.draws, settings.top, settings.seed, progress)
     means = {
         "draws": space.mean(drawn.points, settings.average),
         "paper": space.mean(drawn.paper_points, settings.average),
     }
-    found = {**means, "trust_region": refine(space, surrogate, means["draws"], settings.region, settings.seed)}
-    ways = {name: _candidates(space, surrogate, point[None], [0])[0] for name, point in found.items()}
+    found = dict(means)
+    if refined:
+        found["trust_region"] = refine(space, surrogate, means["draws"], settings.region, settings.seed)
+    ways = {name: _candidates(space, surrogate, point[None], [0], refined)[0] for name, point in found.items()}
     measured = objective.value(real)
     row = int(np.argmin(measured))
     tasks = objective.tasks
     return Proposal(
         space=space,
         method=settings.method,
-        best=ways["trust_region" if settings.method == "trust_region" else "draws"],
+        best=ways["trust_region" if refined else "draws"],
         ways=ways,
         top=tuple(_candidates(space, surrogate, drawn.points, drawn.numbers, uncertain=False)),
         drawn=drawn,
@@ -175,7 +178,7 @@ def propose(
         best_proxy=Candidate(
             row, points[row], {task: float(y[row]) for task, y in real.items()}, float(measured[row]), {}
         ),
-        best_proxy_predicted=_candidates(space, surrogate, points[row][None], [row])[0],
+        best_proxy_predicted=_candidates(space, surrogate, points[row][None], [row], refined)[0],
         surrogate=surrogate,
     )
 

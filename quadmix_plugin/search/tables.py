@@ -271,7 +271,10 @@ def _side(path: Path, table: pa.Table, key: str, of_losses: bool) -> Side:
         raise InputError(f"{path}: columns {_some(twice)} occur twice; rename them")
     keys = _keys(path, key, table[key].to_pylist())
     if of_run and not of_losses:
-        vectors = np.array(table["theta"].to_pylist(), dtype=np.float64).reshape(len(keys), -1)
+        thetas = table["theta"].to_pylist()
+        if len({len(theta or ()) for theta in thetas}) != 1:
+            raise InputError(f"{path}: θ of several lengths, or none; give the table of one run")
+        vectors = np.array(thetas, dtype=np.float64)
         return Side(path, key, keys, tuple(f"theta[{i}]" for i in range(vectors.shape[1])), vectors, True)
     columns = {}
     for name in table.column_names:
