@@ -44,10 +44,8 @@ def worlds(proxies: int, seeds: int, ratio: float, draws: int, regressor: str) -
         gains.append((real["paper"] - real["trust_region"]) / sd)
         best = float(truth(found.best_proxy.point[None])[0])
         values = " | ".join(f"{real[name]:.3f}" for name in names)
-        print(
-            f"| {seed} | {values} | {best:.3f} | {stated.loss:.3f} ({stated.low:.3f}–{stated.high:.3f}) | {seconds:.1f} |",
-            flush=True,
-        )
+        interval = f"{stated.loss:.3f} ({stated.low:.3f}–{stated.high:.3f})"
+        print(f"| {seed} | {values} | {best:.3f} | {interval} | {seconds:.1f} |", flush=True)
     print(
         f"\ndefault better than the paper's in {won} of {seeds} (median gain {np.median(gains):.2f} sd of the losses "
     )

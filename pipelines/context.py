@@ -39,12 +39,18 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
     "normalise": ("normalise", "small_domains"),
     "proxies": ("seed", "space", "validation", "proxy", "proxy_context", "ranks"),
-    "search": ("search",),
+    "search": ("search", "search_context"),
     "select": ("select", "rank"),
     "export": (),
     "pretrain": ("pretrain",),
     "report": ("name",),
 }
+
+
+_PROPOSING = (
+    "objective", "min_signal_to_noise", "regressor", "options", "features", "exclude_scorers", "at_budget",
+)  # fmt: skip
+"""Keys of the search that proposals of later rounds depend on."""
 
 
 class Progress(Protocol):
@@ -130,6 +136,7 @@ class Run:
         content["invalid_scores"] = content["normalise"]["invalid_scores"]
         content["small_domains"] = content["rank"].pop("merge_small_domains")
         content["proxy_context"] = _proxy_context(self.recipe)
+        content["search_context"] = _search_context(self.recipe)
         del content["proxy"]["per_gpu"]  # how, not what
         content["ranks"] = {key: value for key, value in content["rank"].items() if key != "frozen"}
         corpus = {k: v for k, v in content["corpus"].items() if k != "path"}
@@ -147,6 +154,8 @@ class Run:
                 for scorer, options in content.items()
             ]
         if name == "domain" and (version := _foreign("domain_classifiers", content["classifier"])):
+            return [_fingerprint(content), *version]
+        if name == "search" and (version := _foreign("regressors", content["regressor"])):
             return [_fingerprint(content), *version]
         if name == "validation":
             return {**content, "path": _validation_fingerprint(content["path"])}
@@ -274,9 +283,16 @@ def _proxy_context(recipe: Recipe) -> dict[str, Any]:
     if recipe.proxy.fidelity != "full":
         context["search.objective"] = recipe.search.objective
     if recipe.search.rounds:
-        for name in ("rounds", "objective", "regressor", "options", "features", "exclude_scorers"):
+        for name in ("rounds", *_PROPOSING):
             context[f"search.{name}"] = getattr(recipe.search, name)
+        context |= {"search.regressor's version": _foreign("regressors", recipe.search.regressor)}
+        context |= _search_context(recipe)
     return context
+
+
+def _search_context(recipe: Recipe) -> dict[str, Any]:
+    """What the search reads of other sections: the budget that it is held to."""
+    return {"select.target_tokens": recipe.select.target_tokens} if recipe.search.at_budget else {}
 
 
 def _fingerprint(value: Any) -> Any:

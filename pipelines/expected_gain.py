@@ -15,7 +15,7 @@ from quadmix_plugin.pipelines.proxy_work import baseline_selectors
 from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, REPEAT
 from quadmix_plugin.sampling import count_copies
 from quadmix_plugin.search.evaluation import CrossValidation, noise
-from quadmix_plugin.search.gain import Prediction, gain_over, jaccard, verdict, weighted
+from quadmix_plugin.search.gain import Prediction, gain_over, jaccard, verdict
 from quadmix_plugin.search.objective import Objective
 from quadmix_plugin.search.proposals import Candidate, Proposal
 
@@ -25,16 +25,19 @@ def expected_gain(
 ) -> dict[str, Any]:
     """Rows of rivals with measured loss, predicted gain of θ* and overlap; and the sentence that sums them up.
 
-    Losses are means over the tasks that count, weighted, in nats per token.
+    ``loss`` is that of the one task that counts, in nats per token, or the objective of several (``unit``).
     """
-    weights = proposal.objective.weights
-    prediction, noise_sd = prediction_of(proposal.best, judged, proposal.objective), _noise(run, weights)
+    objective = proposal.objective
+    prediction, noise_sd = prediction_of(proposal.best, judged, objective), _noise(run, objective)
     overlap = _overlaps(run, theta)
     measured = baseline_losses(run)
-    rivals = {name: weighted(losses, weights) for name, losses in measured.items()}
+    rivals = {name: objective.measure(losses) for name, losses in measured.items()}
+    failed = [name for name in baseline_selectors(run.scorers) if name not in measured and run.recipe.proxy.baselines]
     gains = [gain_over(name, losses, prediction, noise_sd, overlap.get(name)) for name, losses in rivals.items()]
-    evidence, sentence = verdict(gains)
-    best = float(weighted(proposal.best_proxy.losses, weights))
+    evidence, sentence = verdict(gains, failed)
+    if run.recipe.select.target_tokens and not run.recipe.search.at_budget:
+        sentence += " This is at the size that θ* has of its own; select.target_tokens scales it afterwards."
+    best = float(objective.measure(proposal.best_proxy.losses))
     return {
         "verdict": sentence,
         "evidence": evidence,
@@ -44,31 +47,32 @@ def expected_gain(
         "rows": [each.to_dict() for each in gains],
         "overlap": overlap,
         "losses": {name: {t: float(y.mean()) for t, y in each.items()} for name, each in measured.items()},
-        "unit": "nats per token",
+        "unit": objective.unit,
     }
 
 
 def prediction_of(candidate: Candidate, judged: Mapping[str, CrossValidation], objective: Objective) -> Prediction:
-    """The weighted loss of a candidate with its interval, from cross-validated errors and its own uncertainty."""
-    weights = {task: objective.weights[task] for task in objective.tasks}
-    predicted = weighted({task: judged[task].predicted for task in weights}, weights)
-    errors = predicted - weighted({task: judged[task].real for task in weights}, weights)
+    """What the objective measures of a candidate, with its interval: cross-validated error, and its own uncertainty."""
+    tasks = objective.tasks
+    predicted = objective.measure({task: judged[task].predicted for task in tasks})
+    errors = predicted - objective.measure({task: judged[task].real for task in tasks})
+    sd = sum(objective.weights[task] * candidate.sd.get(task, 0.0) / objective.sd[task] for task in tasks)
     return Prediction(
-        loss=float(weighted(candidate.losses, weights)),
+        loss=float(objective.measure(candidate.losses)),
         error=float(np.sqrt(np.mean(errors**2))),
-        sd=float(weighted({task: candidate.sd.get(task, 0.0) for task in weights}, weights)),
+        sd=float(sd * objective.scale),
         checked=float(predicted.mean(axis=0).min()),
     )
 
 
-def _noise(run: Run, weights: Mapping[str, float]) -> float | None:
-    """Standard deviation over seeds of the weighted loss; None where no θ has two."""
+def _noise(run: Run, objective: Objective) -> float | None:
+    """Standard deviation over seeds of what the objective measures; None where no θ has two."""
     step = run.step("proxies")
     thetas = step.read_table("proxies/thetas.parquet")
     table = step.read_table("proxies/losses.parquet")
     theta_of = dict(zip(thetas["proxy"].to_pylist(), map(str, thetas["theta"].to_pylist()), strict=True))
     names = [name for name in table.column_names if name.startswith(LOSS_PREFIX)]
-    values = weighted({name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names}, weights)
+    values = objective.measure({name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in names})
     kinds = np.array(table["kind"].to_pylist())
     which = np.array([theta_of[number] for number in table["proxy"].to_pylist()])
     trained = np.isin(kinds, (DRAW, REPEAT)) & (np.array(table["share"].to_pylist()) == 1.0)
@@ -82,8 +86,9 @@ def _overlaps(run: Run, theta: Parameters) -> dict[str, float]:
     """Token-weighted Jaccard of θ's selection with each baseline at the same unique tokens."""
     table, rank = run.table, run.recipe.rank
     copies = count_copies(
-        run.normalised, table.domain_ids, table.tokens, table.doc_ids, theta, seed=run.recipe.seed, ties=rank.ties
-    )
+        run.normalised, table.domain_ids, table.tokens, table.doc_ids, theta, run.recipe.seed, rank.method, rank.ties,
+        rank.bins, rank.subset_documents, rank.subset_per_domain,
+    )  # fmt: skip
     budget = int(table.tokens[copies > 0].sum())
     if not budget:
         raise InputError(

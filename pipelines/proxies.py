@@ -21,6 +21,7 @@ from quadmix_plugin.pipelines.proxy_rounds import (
     propose_round,
     require_first_round,
     round_name,
+    token_constraint,
 )
 from quadmix_plugin.pipelines.proxy_trust import fidelity_report, final_part, halving_rule, noise_report
 from quadmix_plugin.pipelines.proxy_work import first_round, with_work, without_baselines, write_baselines
@@ -50,6 +51,7 @@ def proxies(run: Run) -> None:
         return
     started = time.monotonic()
     run.require("normalise")
+    token_constraint(run)  # an impossible budget is said before anything is trained
     require_first_round(run)
     vocabulary, _ = write_validation(run, step)
     first = first_round(run)

@@ -13,11 +13,14 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.lowest_loss import mean_loss
-from quadmix_plugin.pipelines.proxy_work import proposals
+from quadmix_plugin.pipelines.proxy_trust import noise_report
+from quadmix_plugin.pipelines.proxy_work import proposals, without_baselines
 from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, PROPOSAL, merge_parts, part_path
 from quadmix_plugin.search.features import FeatureMap
+from quadmix_plugin.search.objective import gate
 from quadmix_plugin.search.regressors import Regressor
 from quadmix_plugin.search.rounds import next_round
+from quadmix_plugin.search.token_constraint import TokenConstraint
 from quadmix_plugin.store import Step
 
 
@@ -52,22 +55,40 @@ def propose_round(run: Run, step: Step, number: int, work: pa.Table) -> pa.Table
         InputError: fewer of them than can be fitted.
     """
     settings = run.recipe.search
-    work = work.filter(pa.array(np.isin(work["kind"].to_pylist(), (DRAW, PROPOSAL)))).sort_by("proxy")
-    numbers = work["proxy"].to_pylist()
-    table, _, _ = merge_parts(step, [part_path(n) for n in numbers], ["proxy"])
-    fitted = work.filter(pa.array(np.isin(numbers, table["proxy"].to_pylist())))
+    work = without_baselines(work).sort_by("proxy")
+    everything, _, _ = merge_parts(step, [part_path(n) for n in work["proxy"].to_pylist()], ["proxy"])
+    noise = noise_report(work, everything)
+    table = everything.filter(pa.array(np.isin(everything["kind"].to_pylist(), (DRAW, PROPOSAL))))
+    fitted = work.filter(pa.array(np.isin(work["proxy"].to_pylist(), table["proxy"].to_pylist())))
+    losses = {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in _losses(table)}
+    given = {task: settings.objective.get(task, 0.0 if settings.objective else 1.0) for task in losses}
+    ratios = {task: each["signal_to_noise"] for task, each in noise.items()}
     batch = next_round(
         settings.rounds[number],
         np.array(fitted["theta"].to_pylist()),
-        {name.removeprefix(LOSS_PREFIX): table[name].to_numpy() for name in _losses(table)},
+        losses,
         FeatureMap.of(run.table, run.normalised, settings.features),
         lambda: _regressor(run),
-        weights=settings.objective or None,
+        weights=gate(given, ratios, settings.min_signal_to_noise)[0],
+        constraint=token_constraint(run),
         space=run.recipe.space.to_parameter_space(),
         excluded=tuple(run.scorers.index(name) for name in settings.exclude_scorers),
         seed=run.seed_for(f"round {number}"),
     )
     return proposals(run, number, batch.vectors, batch.reasons)
+
+
+def token_constraint(run: Run) -> TokenConstraint | None:
+    """The budget that θ are searched at; None where the recipe has none.
+
+    Raises:
+        InputError: one out of reach.
+    """
+    recipe = run.recipe
+    if not recipe.search.at_budget or recipe.select.target_tokens is None:
+        return None
+    most = 2**recipe.space.eta_max + recipe.space.epsilon_max
+    return TokenConstraint.of(run.table.domain_tokens, recipe.select.target_tokens, most)
 
 
 def round_name(rounds: Sequence[int], number: int) -> str:

@@ -79,8 +79,8 @@ def number_of_baselines(recipe: Recipe) -> int:
 def write_baselines(run: Run, step: Step, selected_tokens: Callable[[], NDArray[np.float64]]) -> str | None:
     """Keeps the copies of every baseline as ``proxies/baselines.parquet``; returns its path, None where there are none.
 
-    A baseline has as many unique tokens as the θ of the first round select in the median, or the whole corpus where
-    that is less. ``selected_tokens`` gives what each of these θ is expected to select.
+    A baseline has as many unique tokens as the θ of the first round select in the median, copies counted, or the whole
+    corpus where that is less. ``selected_tokens`` gives what each of these θ is expected to select.
     """
     if not number_of_baselines(run.recipe):
         return None

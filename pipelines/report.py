@@ -9,7 +9,7 @@ import pyarrow as pa
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
-from quadmix_plugin.pipelines.search_figures import WAYS, search_drawings
+from quadmix_plugin.pipelines.search_figures import named_ways, search_drawings
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
 from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.report import (
@@ -21,11 +21,12 @@ from quadmix_plugin.report import (
     StepRows,
     render,
 )
-from quadmix_plugin.store import Step, atomic_path
+from quadmix_plugin.store import Step, atomic_path, content_key
 from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
 
 _BINS = 40
 _RANK_ERROR = 0.01
+_ABLATION = "search-without-"
 
 
 def report(run: Run) -> None:
@@ -138,7 +139,7 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
     facts = {
         "regressor": _regressor(run, metrics["chosen"]),
         "features": run.recipe.search.features,
-        "method": WAYS[_own_way(optimum)],
+        "method": next(iter(named_ways(optimum))).removesuffix(" (θ*)"),
         "draws predicted": optimum["draws"],
         "draws averaged": len(optimum["top"]),
     }
@@ -154,14 +155,29 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
         "search": SearchOutcome(
             weights, gain["predicted"]["loss"], _weighted(best["losses"], weights), best["number"], facts
         ),
-        "drawings": search_drawings(step),
+        "drawings": list(search_drawings(step).values()),
         "methods": _methods(optimum, weights),
+        "ablations": ablations(run),
         "gate": gain,
     }
 
 
-def _own_way(optimum: dict[str, Any]) -> str:
-    return "trust_region" if optimum["method"] == "trust_region" else "draws"
+def ablations(run: Run) -> list[dict[str, Any]]:
+    """A row for every finished search without some scorers that is of this recipe, as ``ReportData`` has them."""
+    rows = []
+    for name in filter(lambda name: name.startswith(_ABLATION), run.directory.step_names()):
+        for key in sorted(run.directory.recorded_keys(name)):
+            step = run.directory.step(name, key)
+            metrics = step.read_json(f"search/{name.removeprefix('search-')}/metrics.json") if step.is_done else {}
+            # A folder's name may be cut, so which scorers were left out is read; the key then says of which recipe.
+            excluded = metrics.get("excluded_scorers", [])
+            if key != content_key("ablation", excluded, run.keys["search"]):
+                continue
+            gain = metrics["gain"]
+            loss, low, high = (gain["predicted"][end] for end in ("loss", "low", "high"))
+            row = {"excluded": ", ".join(excluded), "predicted": loss, "low": low, "high": high}
+            rows.append({**row, "verdict": gain["verdict"]})
+    return rows
 
 
 def _regressor(run: Run, chosen: dict[str, str]) -> str:
@@ -172,16 +188,10 @@ def _regressor(run: Run, chosen: dict[str, str]) -> str:
 
 def _methods(optimum: dict[str, Any], weights: dict[str, float]) -> list[dict[str, Any]]:
     """Every way to θ with its predicted loss and interval; what was measured of the best proxy."""
-    own = _own_way(optimum)
-    rows = [
-        {
-            "name": f"{WAYS[name]}{' (θ*)' if name == own else ''}",
-            "predicted": way["interval"]["loss"],
-            "low": way["interval"]["low"],
-            "high": way["interval"]["high"],
-        }
-        for name, way in sorted(optimum["ways"].items(), key=lambda item: item[0] != own)
-    ]
+    rows = []
+    for name, way in named_ways(optimum).items():
+        interval = way["interval"]
+        rows.append({"name": name, "predicted": interval["loss"], "low": interval["low"], "high": interval["high"]})
     best, seen = optimum["best_proxy"], optimum["best_proxy_predicted"]
     losses = {name: _weighted(each["losses"], weights) for name, each in (("real", best), ("predicted", seen))}
     return [*rows, {"name": f"best observed proxy ({best['number']})", **losses}]

@@ -15,23 +15,26 @@ from quadmix_plugin.errors import InputError, UsageError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.expected_gain import expected_gain, prediction_of
+from quadmix_plugin.pipelines.proxy_rounds import token_constraint
 from quadmix_plugin.pipelines.search_figures import write_figures
 from quadmix_plugin.proxy.parts import DRAW, LOSS_PREFIX, PROPOSAL
 from quadmix_plugin.search.evaluation import CrossValidation, Metrics, bootstrap_intervals, cross_validate
 from quadmix_plugin.search.features import FeatureMap
 from quadmix_plugin.search.gain import weighted
 from quadmix_plugin.search.insight import Importance, error_by_rows, importance
+from quadmix_plugin.search.objective import gate
 from quadmix_plugin.search.optimise import TrustRegion
 from quadmix_plugin.search.proposals import Proposal, SearchSettings, propose
 from quadmix_plugin.search.regressors import Regressor
 from quadmix_plugin.search.spaces import ThetaSpace
-from quadmix_plugin.search.token_constraint import TokenConstraint
 from quadmix_plugin.store import Step, content_key
 
 _TRUSTED = 0.4
 """Below this rank correlation the search orders unseen θ hardly better than chance (48 proxies: p = .005)."""
 
 _COMPARED = ("gp", "lightgbm", "svr-linear", "svr-rbf")
+_LONGEST = 80  # characters of a folder's name
+_MANY = 1_000  # rows, from which on one cross-validation says enough and takes long enough
 _KEPT_DRAWS = 5_000  # predictions that are written; the front is written whole
 
 
@@ -61,6 +64,8 @@ def ablate(run: Run, scorers: Sequence[str]) -> Step:
     if len(excluded) == len(recipe.scorers):
         raise UsageError("--exclude-scorer: every scorer is excluded; leave at least one")
     name = f"without-{'-'.join(excluded)}"
+    if len(excluded) > 1:  # names may hold hyphens themselves, and many are long
+        name = f"{name[:_LONGEST]}-{content_key(list(excluded))[:8]}"
     step = run.directory.step(f"search-{name}", content_key("ablation", list(excluded), run.keys["search"]))
     if not step.is_done:
         _Search(run, step, f"search/{name}", excluded).write()
@@ -80,6 +85,8 @@ class _Search:
         run, step, started = self.run, self.step, time.monotonic()
         numbers, thetas, losses = proxy_losses(run)
         weights, gated = gated_weights(run, losses)
+        losses = _varying(losses, weights)
+        weights = {task: weights[task] for task in losses}
         columns = FeatureMap.of(run.table, run.normalised, run.recipe.search.features)
         space, points = self._space(columns), columns.vectors(thetas)
         x = columns.features(points)
@@ -90,28 +97,29 @@ class _Search:
         matters = importance(_chosen(run, proposal), x, objective, names, seed=run.seed_for("importance"))
         expected = expected_gain(run, proposal, judged, self._theta(proposal))
         self._write_tables(proposal, judged, numbers, matters)
-        metrics = _metrics(judged, proposal, numbers)
+        # What was proposed lies close together: ranks are those of the draws alone.
+        drawn = np.array(numbers) < (run.recipe.search.rounds[0] if run.recipe.search.rounds else np.inf)
+        fair = {task: each.of_rows(drawn) for task, each in judged.items()}
+        metrics = _metrics(fair, judged, proposal, numbers)
         metrics |= {"gated_out": gated, "excluded_scorers": list(self.excluded), "gain": expected}
         metrics["error_by_proxies"] = {
             name: {"proxies": sizes.tolist(), "mae": error.tolist()} for name, (sizes, error) in learning.items()
         }
         step.write_json(f"{self.folder}/metrics.json", metrics)
         write_figures(step, self.folder, proposal.theta, run.step("proxies").read_json("proxies/noise.json"))
-        step.finish(seconds=round(time.monotonic() - started, 2), headline=_headline(judged, proposal, gated, expected))
+        step.finish(seconds=round(time.monotonic() - started, 2), headline=_headline(fair, proposal, gated, expected))
 
     def _space(self, columns: FeatureMap) -> ThetaSpace:
         recipe = self.run.recipe
-        constraint = None
-        if recipe.search.at_budget and recipe.select.target_tokens:
-            constraint = TokenConstraint.of(self.run.table.domain_tokens, recipe.select.target_tokens)
+        constraint = token_constraint(self.run)
         excluded = tuple(columns.scorers.index(name) for name in self.excluded)
         return ThetaSpace(columns, recipe.space.to_parameter_space(), excluded, constraint)
 
     def _judge(self, x: NDArray[np.float64], losses: dict[str, Any]) -> dict[str, CrossValidation]:
         settings = self.run.recipe.search
-        repeats = 1 if settings.regressor == "auto" else 3  # auto cross-validates within each fold as well
+        once = settings.regressor == "auto" or len(x) > _MANY  # auto cross-validates within each fold as well
         seed = self.run.seed_for("folds")
-        return cross_validate(_maker(self.run), x, losses, folds=settings.folds, repeats=repeats, seed=seed)
+        return cross_validate(_maker(self.run), x, losses, folds=settings.folds, repeats=1 if once else 3, seed=seed)
 
     def _propose(
         self, space: ThetaSpace, points: NDArray[np.float64], losses: dict[str, Any], weights: dict[str, float]
@@ -178,15 +186,8 @@ def gated_weights(run: Run, losses: dict[str, Any]) -> tuple[dict[str, float], d
         raise InputError(f"search.objective: no losses for {', '.join(unknown)}; tasks are {', '.join(sorted(losses))}")
     weights = {task: settings.objective.get(task, 0.0 if settings.objective else 1.0) for task in losses}
     noise = run.step("proxies").read_json("proxies/noise.json")
-    low = {
-        task: noise[task]["signal_to_noise"]
-        for task, weight in weights.items()
-        if weight > 0 and task in noise and noise[task]["signal_to_noise"] is not None
-        if noise[task]["signal_to_noise"] < settings.min_signal_to_noise
-    }
-    if not low or all(task in low for task, weight in weights.items() if weight > 0):
-        return weights, {}
-    return {task: 0.0 if task in low else weight for task, weight in weights.items()}, low
+    ratios = {task: each["signal_to_noise"] for task, each in noise.items()}
+    return gate(weights, ratios, settings.min_signal_to_noise)
 
 
 def _maker(run: Run) -> Callable[[], Regressor]:
@@ -241,28 +242,39 @@ def _objective_metrics(judged: dict[str, CrossValidation], proposal: Proposal) -
     return Metrics(**{name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]})
 
 
-def _metrics(judged: dict[str, CrossValidation], proposal: Proposal, numbers: list[int]) -> dict[str, Any]:
+def _metrics(
+    fair: dict[str, CrossValidation], judged: dict[str, CrossValidation], proposal: Proposal, numbers: list[int]
+) -> dict[str, Any]:
+    """Errors are those of ``fair``, the rows that were drawn; intervals of predictions rest on all of ``judged``."""
     tasks = {
         task: {**each.metrics.to_dict(), "spread_over_repeats": each.spread.to_dict(), "interval": _intervals(each)}
-        for task, each in judged.items()
+        for task, each in fair.items()
     }
     weights, optimum = proposal.objective.weights, proposal.to_dict()
-    error = np.abs(weighted({task: each.predicted - each.real for task, each in judged.items()}, weights)).mean()
+    error = np.abs(weighted({task: each.predicted - each.real for task, each in fair.items()}, weights)).mean()
     for best in ("best_proxy", "best_proxy_predicted"):  # a row of the fit; proxies that failed are not in it
         optimum[best]["number"] = numbers[optimum[best]["number"]]
     for name, way in optimum["ways"].items():
         way["interval"] = prediction_of(proposal.ways[name], judged, proposal.objective).to_dict()
+    for best in ("best_proxy", "best_proxy_predicted"):
+        optimum[best]["measure"] = float(proposal.objective.measure(optimum[best]["losses"]))
+    optimum["unit"] = proposal.objective.unit
     chosen = {
         task: model.chosen  # type: ignore[attr-defined]
         for task, model in proposal.surrogate.regressors.items()
         if hasattr(model, "chosen")
     }
-    objective = {**_objective_metrics(judged, proposal).to_dict(), "mae_loss": float(error)}
+    objective = {**_objective_metrics(fair, proposal).to_dict(), "mae_loss": float(error)}
     return {"targets": tasks, "objective": objective, "optimum": optimum, "chosen": chosen}
 
 
 def _intervals(judged: CrossValidation) -> dict[str, Any]:
-    return bootstrap_intervals(judged.real, judged.mean_predicted, 0)
+    return bootstrap_intervals(judged.real, judged.predicted, 0)
+
+
+def _varying(losses: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
+    """The losses without tasks of no weight that are the same for all proxies, of which nothing can be learned."""
+    return {task: y for task, y in losses.items() if weights[task] > 0 or np.ptp(y) > 0}
 
 
 def _headline(

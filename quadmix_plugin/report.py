@@ -35,6 +35,7 @@ __all__ = [
     "SelectorShares",
     "StepRows",
     "render",
+    "sampling_curves",
 ]
 
 
@@ -76,6 +77,19 @@ def render(data: ReportData) -> str:
         "warnings": [*data.warnings, *_unequal(results)],
     }
     return environment.get_template("report.html.j2").render(context) + "\n"
+
+
+def sampling_curves(theta: Parameters) -> list[Drawing]:
+    """The sampling curve of every domain of θ, all on the same axes."""
+    limits = min(1.0, 1.15 * float(theta.omega.max())), max(1.0, 1.1 * float(_best(theta).max()))
+    return [figures.sampling_curve(theta, m, *limits) for m in range(theta.n_domains)]
+
+
+def _best(theta: Parameters) -> NDArray[np.float64]:
+    """S of the best document of every domain [M]."""
+    from quadmix_plugin.sampling import sampling_value
+
+    return sampling_value(np.full(theta.n_domains, np.finfo(np.float64).tiny), np.arange(theta.n_domains), theta)
 
 
 def _steps(steps: Sequence[StepRows] | None) -> list[StepRows] | None:
@@ -125,16 +139,13 @@ def _sampling(theta: Parameters | None) -> dict[str, Any] | None:
     """A curve per domain on shared axes, and the numbers behind it."""
     if theta is None:
         return None
-    from quadmix_plugin.sampling import sampling_value
-
-    domains = np.arange(theta.n_domains)
-    best = sampling_value(np.full(theta.n_domains, np.finfo(np.float64).tiny), domains, theta)
-    limits = min(1.0, 1.15 * float(theta.omega.max())), max(1.0, 1.1 * float(best.max()))
-    names = theta.domains or tuple(f"domain {m}" for m in domains)
-    drawn = [figures.sampling_curve(theta, int(m), *limits) for m in domains]
+    names = theta.domains or tuple(f"domain {m}" for m in range(theta.n_domains))
     keys = ("domain", "lam", "omega", "eta", "epsilon", "best")
-    columns = (names, theta.lam, theta.omega, theta.eta, theta.epsilon, best)
-    return {"figures": drawn, "rows": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
+    columns = (names, theta.lam, theta.omega, theta.eta, theta.epsilon, _best(theta))
+    return {
+        "figures": sampling_curves(theta),
+        "rows": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
+    }
 
 
 def _predictions(data: ReportData) -> dict[str, Any] | None:
@@ -143,7 +154,7 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
         data.predictions is None
         and data.metrics is None
         and data.search is None
-        and not (data.methods or data.drawings)
+        and not (data.methods or data.drawings or data.ablations)
     ):
         return None
     metrics, noise = data.metrics or {}, data.noise or {}
@@ -158,10 +169,7 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
         rho = metrics.get(task, {}).get("spearman")
         note = "" if rho is None else f"Spearman {rho:.2f}"
         drawn.append(figures.predicted_real(task, real, predicted, noise.get(task, {}).get("noise_sd"), note))
-    rows = [{"task": t, **{k: metrics.get(t, {}).get(k) for k in ("spearman", "mae")}} for t in {**points, **metrics}]
-    for row in rows:
-        of_task = noise.get(row["task"], {})
-        row |= {k: of_task.get(k) for k in ("theta_sd", "noise_sd", "signal_to_noise", "repeats", "agreement")}
+    rows = [_errors(task, metrics.get(task, {}), noise.get(task, {})) for task in {**points, **metrics}]
     mae = metrics.get(OBJECTIVE, {}).get("mae")
     found = data.search
     lead = None if found is None or found.best_observed is None else found.best_observed - found.predicted
@@ -169,7 +177,16 @@ def _predictions(data: ReportData) -> dict[str, Any] | None:
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise InputError(f"report: two drawings are named {twice!r}, so their ids would clash; give one of each")
     methods = _rows(data.methods, "methods", "name", ("predicted", "low", "high", "real"))
-    return {"figures": drawn, "rows": rows, "mae": mae, "lead": lead, "methods": methods}
+    ablations = _rows(data.ablations, "ablations", "excluded", ("predicted", "low", "high", "verdict"))
+    found = {"figures": drawn, "rows": rows, "mae": mae, "lead": lead, "methods": methods, "ablations": ablations}
+    return {**found, "spans": any(row["low"] is not None for row in (*methods, *ablations))}
+
+
+def _errors(task: str, metrics: Mapping[str, Any], noise: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of what is known of the errors and the noise of one task."""
+    row = {"task": task, **{name: metrics.get(name) for name in ("spearman", "pearson", "r2", "mae")}}
+    row["low"], row["high"] = (metrics.get("interval") or {}).get("spearman") or (None, None)
+    return row | {k: noise.get(k) for k in ("theta_sd", "noise_sd", "signal_to_noise", "repeats", "agreement")}
 
 
 def _gate(gate: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -178,14 +195,14 @@ def _gate(gate: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     if not gate.get("verdict"):
         raise InputError("report: gate has no 'verdict'; say in words whether there is evidence of a gain")
-    numbers = ("loss", "gain", "gain_in_noise", "low", "high", "overlap")
+    numbers = ("loss", "gain", "in_noise", "low", "high", "overlap")
     rows = _rows(gate.get("rows") or (), "gate", "rival", numbers)
     facts = {"verdict": gate["verdict"], "evidence": bool(gate.get("evidence")), "unit": gate.get("unit", "")}
     return {**facts, "rows": rows}
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], where: str, key: str, numbers: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that all have ``key`` and, where it is known, each number."""
+    """Rows that all have ``key`` and, where it is known, each of ``numbers``."""
     for row in rows:
         if key not in row:
             raise InputError(f"report: a row of {where} has no {key!r}; found {', '.join(map(str, row))}")
@@ -234,7 +251,7 @@ def _selector_row(selector: str, losses: Mapping[str, Sequence[float]], runs: Se
 
 
 def _shares(data: ReportData, order: Sequence[str]) -> dict[str, Any] | None:
-    """Share of tokens per domain and selector in percent, and the overlap with θ*'s selection."""
+    """Share of tokens per domain and selector in percent, and how much of each selection θ* selects as well."""
     if not data.selections:
         return None
     position = {name: i for i, name in enumerate(order)}
@@ -247,7 +264,7 @@ def _shares(data: ReportData, order: Sequence[str]) -> dict[str, Any] | None:
     rows.sort(key=lambda row: -max(row[1]))
     return {
         "selectors": [s.selector for s in chosen],
-        "overlap": {s.selector: s.overlap for s in chosen},
+        "shared": {s.selector: s.shared for s in chosen},
         "rows": rows,
     }
 

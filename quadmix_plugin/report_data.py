@@ -58,14 +58,14 @@ class SearchOutcome:
 
 @dataclass(frozen=True)
 class SelectorShares:
-    """One selector's selection: tokens with copies per domain, and its overlap with the selection of θ*.
+    """One selector's selection: tokens with copies per domain, and what it shares with the selection of θ*.
 
-    ``overlap``: unique tokens in both / unique tokens of this selector, in [0, 1].
+    ``shared``: unique tokens in both / unique tokens of this selector, in [0, 1]; not the overlap of ``gate``.
     """
 
     selector: str
     domain_tokens: Mapping[str, float]
-    overlap: float | None = None
+    shared: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,20 +90,25 @@ class ReportData:
     theta: Parameters | None = None
     """θ*."""
     predictions: pa.Table | None = None
-    metrics: Mapping[str, Mapping[str, float]] | None = None
-    """Cross-validated, per task (and "objective"): spearman, mae, and what else was measured."""
+    metrics: Mapping[str, Mapping[str, Any]] | None = None
+    """Cross-validated, per task (and "objective"): spearman, pearson, r2, mae; where known ``interval``, the 95 %
+    bootstrap interval of each, name → (low, high)."""
     noise: Mapping[str, Mapping[str, Any]] | None = None
     """Per task: theta_sd, noise_sd, signal_to_noise, repeats, and ``agreement`` of ranks before the end, in words."""
     search: SearchOutcome | None = None
     methods: Sequence[Mapping[str, Any]] = ()
     """Ways to find θ, a row each: ``name``; where known, ``predicted`` objective, ``low`` and ``high`` end of its
     interval, and ``real``, the objective measured by training."""
+    ablations: Sequence[Mapping[str, Any]] = ()
+    """Searches without some scorers, a row each: ``excluded`` (their names), and where known ``predicted`` objective,
+    ``low`` and ``high`` end of its interval, ``verdict`` in words."""
     drawings: Sequence[Drawing] = ()
     """Further figures of the search, each shown under its title; their names must differ."""
     gate: Mapping[str, Any] | None = None
-    """Whether a gain is to be expected before anything is trained: ``verdict`` in words, ``evidence`` (bool), ``unit``,
-    and ``rows`` of ``rival``, ``loss`` (predicted), ``gain`` (rival's loss minus that of θ*), ``gain_in_noise`` (in sd
-    across seeds), ``low`` and ``high`` of the gain, ``overlap`` (token-weighted Jaccard with θ*, in [0, 1])."""
+    """Whether a gain is to be expected before anything is trained on θ*: ``verdict`` in words, ``evidence`` (bool),
+    ``unit``, and ``rows`` of ``rival``, ``loss`` (measured), ``gain`` (that minus the predicted loss of θ*),
+    ``in_noise`` (the gain in sd across seeds), ``low`` and ``high`` of the gain, ``overlap`` (token-weighted Jaccard
+    with θ*, in [0, 1])."""
     results: pa.Table | None = None
     selections: Sequence[SelectorShares] | None = None
     curves: pa.Table | None = None

@@ -181,7 +181,7 @@ class Search(Section):
 
     objective: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weight of each task's standardised loss; empty: all tasks equally."""
-    min_signal_to_noise: float = Field(default=1.0, ge=0)
+    min_signal_to_noise: float = Field(default=1.2, ge=0)
     """Tasks below it have no weight, unless all are; 0 lets noise have its say."""
     regressor: str = "auto"
     options: Options = Field(default_factory=dict)
@@ -202,6 +202,12 @@ class Search(Section):
     folds: int = Field(default=5, ge=2)
     rounds: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Proxies of each round: the first are drawn, later ones proposed by the fit so far; empty: all are drawn."""
+
+    @model_validator(mode="after")
+    def _enough_draws(self) -> "Search":
+        if self.top > self.draws:
+            raise ValueError(f"top {self.top} of {self.draws} draws; average fewer, or draw more")
+        return self
 
     @field_validator("rounds")
     @classmethod

@@ -25,7 +25,7 @@ def test_beyond_what_was_checked_the_interval_reaches_back_to_it():
     assert bold.high == pytest.approx(5.6 + 1.96 * 0.05)
     gain = gain_over("random", [5.65], bold, noise_sd=None)
     assert gain.gain == pytest.approx(0.65)
-    assert gain.low == pytest.approx(0.05 - 1.96 * 0.05)
+    assert gain.low == pytest.approx(0.05 - 1.96 * np.sqrt(0.05**2 + 0.03**2))  # a noise unknown is the error
     assert not verdict([gain])[0]
 
 
@@ -42,7 +42,10 @@ def test_the_verdict_is_on_the_strongest_rival():
     evidence, text = verdict([gain_over("top_k[edu]", [4.0], sure, 0.05)])
     assert not evidence
     assert text.startswith("No gain: θ* is predicted to be worse")
-    assert verdict([]) == (False, "No evidence of gain: no baseline was trained; set proxy.baselines.")
+    assert verdict([]) == (False, "No evidence of gain over a baseline: none was trained; set proxy.baselines.")
+    assert "random could not be trained." in verdict([], ["random"])[1]
+    gains = [gain_over("random", [6.0], sure, 0.05)]
+    assert verdict(gains, ["top_k[edu]"])[1].endswith("top_k[edu] could not be trained and may be stronger.")
 
 
 def test_overlap_is_weighed_by_tokens_and_counts_documents_once():

@@ -126,9 +126,10 @@ def test_features_hold_theta_then_what_is_derived(corpus):
     own, own_names = theta_features(thetas)
     more, more_names = derived_features(selection_statistics(table, normalised, thetas))
     assert names == own_names + more_names
-    assert names[-9:] == [
+    assert names[-10:] == [
         *(f"sqrt_share[domain{m}]" for m in range(5)),
         "log_selected_tokens",
+        "mean_sampling_value",
         *(f"mean_score[scorer{k}]" for k in range(3)),
     ]
     np.testing.assert_array_equal(x, np.concatenate([own, more], axis=1))

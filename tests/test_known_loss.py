@@ -39,7 +39,7 @@ def test_it_does_so_in_nine_of_ten_worlds():
 def test_the_papers_procedure_is_by_trees():
     truth, space = KnownLoss.of(3), theta_space()
     thetas, losses, _ = truth.proxies(96, 2.5, 3)
-    settings = SearchSettings(draws=2000, method="paper")
+    settings = SearchSettings(draws=2000, method="paper", average="paper")
     by_process = propose(space, thetas, {"y": losses}, GaussianProcess, settings=settings)
     by_trees = propose(space, thetas, {"y": losses}, LightGBM, settings=settings)
     np.testing.assert_array_equal(by_process.ways["paper"].point, by_trees.best.point)

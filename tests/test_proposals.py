@@ -12,7 +12,7 @@ from quadmix_plugin.parameters import Parameters, ParameterSpace, sample_paramet
 from quadmix_plugin.schema import ScoreTable
 from quadmix_plugin.search.features import FeatureMap
 from quadmix_plugin.search.gaussian_process import GaussianProcess
-from quadmix_plugin.search.objective import Objective
+from quadmix_plugin.search.objective import Objective, gate
 from quadmix_plugin.search.optimise import TrustRegion, pareto_front, refine
 from quadmix_plugin.search.proposals import SearchSettings, propose
 from quadmix_plugin.search.regressors import LightGBM
@@ -197,8 +197,9 @@ def test_the_trust_region_finds_what_the_draws_do_not(world, proposal, bold):
     np.testing.assert_array_equal(bold.best.point, bold.ways["trust_region"].point)
     assert list(proposal.ways) == ["draws", "paper"]
     np.testing.assert_array_equal(proposal.best.point, proposal.ways["draws"].point)
-    # The paper's procedure is by its trees, whatever regressor the recipe names.
-    np.testing.assert_array_equal(proposal.ways["paper"].point, proposal.ways["draws"].point)
+    # The paper's procedure is by its trees, whatever regressor the recipe names, and averages arithmetically.
+    arithmetic = world.propose(average="paper")
+    np.testing.assert_array_equal(arithmetic.ways["draws"].point, proposal.ways["paper"].point)
 
 
 def test_the_search_stays_in_its_ball_and_grows_with_it(world, bold):
@@ -263,7 +264,7 @@ def test_the_constraints_integral_is_that_of_equation_3():
 
 
 def test_a_budget_out_of_reach_is_said():
-    with pytest.raises(InputError, match=r"select.target_tokens: 25 .*twice that at most"):
+    with pytest.raises(InputError, match=r"select.target_tokens: 25 .*takes each 2 times at most"):
         TokenConstraint.of([5.0, 5.0], 25)
     narrow = TokenConstraint.of([5.0, 5.0], 19.9)  # only η near 1 gives nearly two copies
     points = sample_parameter_vectors(50, 1, 2, 9, space=ParameterSpace())
@@ -323,3 +324,33 @@ def test_a_surrogate_without_an_error_of_its_own_is_refitted(world):
     assert (sd[:5] > 0).all()
     assert value[5] == np.inf
     np.testing.assert_array_equal(value[:5], surrogate.value(x[:5]))
+
+
+def test_a_wide_budget_does_not_lose_the_ratios_of_the_windows(world):
+    tokens = np.bincount(world.table.domain_ids, world.table.tokens, minlength=6)
+    space = ThetaSpace(world.columns, constraint=TokenConstraint.of(tokens, 0.3 * tokens.sum()))
+    points = np.concatenate([block for _, block in space.draw(40, 2)])
+    assert (points[:, 12 + 6 : 12 + 12] > space.space.omega_max).any()
+    np.testing.assert_allclose(space.from_unit(space.to_unit(points)), points, rtol=1e-5)
+
+
+def test_the_search_never_ends_worse_than_it_began(world, bold):
+    tokens = np.bincount(world.table.domain_ids, world.table.tokens, minlength=6)
+    for share in (0.05, 0.3, 0.6):
+        constraint = TokenConstraint.of(tokens, share * tokens.sum())
+        found = world.propose(constraint=constraint, method="trust_region", draws=500)
+        assert found.ways["trust_region"].objective <= found.ways["draws"].objective + 0.2
+
+
+def test_a_comparison_that_cannot_be_fitted_is_left_out(world):
+    few = {task: y[:9] for task, y in world.losses.items()}
+    found = world.propose(few, thetas=world.thetas[:9], make=GaussianProcess, draws=500)
+    assert list(found.ways) == ["draws"]
+
+
+def test_a_task_that_is_only_noise_loses_its_weight():
+    weights = {"a": 1.0, "b": 2.0, "c": 0.0, "d": 1.0}
+    kept, low = gate(weights, {"a": 3.0, "b": 0.9, "c": 0.1, "d": None}, 1.2)
+    assert kept == {"a": 1.0, "b": 0.0, "c": 0.0, "d": 1.0}
+    assert low == {"b": 0.9}
+    assert gate({"a": 1.0, "c": 0.0}, {"a": 0.9, "c": 5.0}, 1.2) == ({"a": 1.0, "c": 0.0}, {})

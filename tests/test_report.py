@@ -21,6 +21,7 @@ from quadmix_plugin.report import (
     StepRows,
     render,
 )
+from quadmix_plugin.search.gain import Prediction, gain_over
 from quadmix_plugin.verdict import OBJECTIVE, compare, judge
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x^{2$ {{ 7*7 }} \x00\u202e&amp; javascript:a()"
@@ -60,7 +61,11 @@ def report_data(n_domains: int = 5, gain: float = 0.1, name: str = "") -> Report
         scores=[ScoreHistogram(s, "raw", np.linspace(0, 5, 11), np.ones(10), np.arange(10)) for s in scorers],
         theta=sample_parameters(1, 3, n_domains, 1, domains=domains, scorers=scorers)[0],
         predictions=pa.Table.from_pylist(predictions),
-        metrics={task: {"spearman": 0.81, "mae": 0.0123} for task in tasks},
+        metrics={
+            tasks[0]: {"spearman": 0.81, "pearson": 0.72, "r2": -0.34, "mae": 0.0123}
+            | {"interval": {"mae": [0.01, 0.02], "spearman": [0.55, 0.93]}},
+            tasks[1]: {"spearman": 0.81, "mae": 0.0123},
+        },
         noise={task: {"theta_sd": 0.1, "noise_sd": 0.02, "signal_to_noise": 5.0, "repeats": 3} for task in tasks},
         search=SearchOutcome({tasks[0]: 1.0}, 5.9, 5.95, 4, {f"regressor{name}": f"lightgbm{name}"}),
         results=pa.Table.from_pylist(results),
@@ -70,13 +75,17 @@ def report_data(n_domains: int = 5, gain: float = 0.1, name: str = "") -> Report
             {"name": f"default search{name}", "predicted": 5.9, "low": 5.8, "high": 6.1, "real": 5.95},
             {"name": "best observed proxy", "predicted": None},
         ],
+        ablations=[
+            {"excluded": scorers[0], "predicted": 5.87, "low": 5.7, "high": 6.2, "verdict": f"No evidence{name}"},
+            {"excluded": f"{scorers[0]}, {scorers[1]}"},
+        ],
         drawings=[figures.importance([f"omega[{d}]" for d in domains[:2]], [0.2, 0.1], task=tasks[0])],
         gate={
             "verdict": f"No evidence of gain{name}",
             "evidence": False,
             "unit": f"nats per token{name}",
             "rows": [
-                {"rival": f"random{name}", "loss": 6.0, "gain": 0.1, "gain_in_noise": -0.5, "low": -0.05, "high": 0.25}
+                {"rival": f"random{name}", "loss": 6.0, "gain": 0.1, "in_noise": -0.5, "low": -0.05, "high": 0.25}
                 | {"overlap": 0.375},
                 {"rival": "top_k", "loss": 6.0, "gain": 0.1},
             ],
@@ -277,7 +286,7 @@ def test_equal_data_gives_equal_bytes_and_no_date():
 def test_a_step_that_has_not_run_is_named_in_place_of_its_sections():
     assert "has not run" not in rendered()
     trained = {"steps": None, "domains": None, "scores": None, "theta": None, "predictions": None, "metrics": None}
-    trained |= {"search": None, "methods": (), "drawings": ()}
+    trained |= {"search": None, "methods": (), "ablations": (), "drawings": ()}
     page = Page(render(dataclasses.replace(report_data(), **trained))).words()
     assert [page.count(f"the step {step} has not run") for step in ("label", "search", "pretrain")] == [3, 3, 0]
     planned = dataclasses.replace(report_data(n_domains=2), results=None, curves=None, scores=None)
@@ -295,13 +304,44 @@ def test_an_empty_run_is_still_a_page():
 def test_what_to_expect_is_said_before_the_comparison_with_every_number():
     page = Page(rendered())
     words = cells(rendered())
-    assert "– No evidence of gain Predicted, before anything is trained" in words
+    assert "– No evidence of gain The loss of θ* is predicted: nothing has been trained on its selection" in words
+    assert "| Rival | Its measured loss | Predicted gain of θ* |" in words
     assert "| random | 6.0000 | +0.1000 | −0.0500 to +0.2500 | −0.50 | 38 % |" in words
     assert "| top_k | 6.0000 | +0.1000 | – | – | – |" in words
     order = [value for tag, key, value in page.attributes if (tag, key) == ("section", "id")]
     assert order.index("predictions") < order.index("gate") == order.index("selectors") - 1
     expected = ReportData("x", gate={"verdict": "A gain is likely", "evidence": True})
     assert "✓ A gain is likely Selectors" in Page(render(expected)).words()
+
+
+def test_a_gain_as_the_search_states_it_is_shown_with_all_of_its_numbers():
+    prediction = Prediction(loss=5.9, error=0.03, sd=0.04, checked=6.0)
+    gain = gain_over("random", [6.0, 6.1], prediction, 0.02, overlap=0.375)
+    words = cells(render(ReportData("x", gate={"verdict": "v", "rows": [gain.to_dict()]})))
+    # half an interval: 1.96 * hypot(.05, .02 / sqrt 2) = .1018; upwards .1 more, up to what was checked
+    assert "| random | 6.0500 | +0.1500 | −0.0518 to +0.2518 | +7.50 | 38 % |" in words
+
+
+def test_a_share_of_one_selection_is_not_called_the_overlap_of_two():
+    words = cells(rendered())
+    assert "| Overlap (Jaccard) with θ* |" in words
+    assert "| Share also in θ* |" in words
+    assert "Overlap with θ*" not in words
+
+
+def test_errors_of_the_fit_are_shown_whole_and_gaps_as_dashes():
+    words = cells(rendered())
+    assert "| task-0 | 0.81 | 0.55 to 0.93 | 0.72 | −0.34 | 0.0123 |" in words
+    assert "| task-1 | 0.81 | – | – | – | 0.0123 |" in words
+
+
+def test_searches_without_scorers_are_listed_with_prediction_and_verdict():
+    words = cells(rendered())
+    assert "| scorer-0 | 5.8700 | 5.7000 to 6.2000 | No evidence |" in words
+    assert "| scorer-0, scorer-1 | – | – | – |" in words
+    assert "The interval of a prediction need not be symmetric" in words
+    alone = Page(render(ReportData("x", ablations=report_data().ablations))).words()
+    assert "No evidence" in alone
 
 
 def test_ways_to_find_theta_are_compared_and_drawings_stand_under_their_titles():
@@ -314,11 +354,12 @@ def test_ways_to_find_theta_are_compared_and_drawings_stand_under_their_titles()
     assert "What matters: task-0." in Page(render(alone)).words()
 
 
-@pytest.mark.parametrize("empty", [{"gate": None}, {"gate": {}}, {"methods": ()}, {"drawings": []}])
+@pytest.mark.parametrize("empty", [{"gate": None}, {"gate": {}}, {"methods": ()}, {"ablations": ()}, {"drawings": []}])
 def test_parts_of_the_search_that_are_empty_are_left_out(empty):
     run = report_data()
-    data = ReportData("x", gate=run.gate, methods=run.methods, drawings=run.drawings)
+    data = ReportData("x", gate=run.gate, methods=run.methods, ablations=run.ablations, drawings=run.drawings)
     marks = {"gate": "Is there a gain to expect?", "methods": "Ways to find θ", "drawings": "grid drawings"}
+    marks |= {"ablations": "Searches without some scorers"}
     whole, page = render(data), render(dataclasses.replace(data, **empty))
     assert [name for name, mark in marks.items() if mark not in whole] == []
     assert [name for name, mark in marks.items() if mark not in page] == list(empty)
@@ -330,6 +371,7 @@ def test_parts_of_the_search_that_are_empty_are_left_out(empty):
         ({"gate": {"rows": []}}, "gate has no 'verdict'"),
         ({"gate": {"verdict": "v", "rows": [{"loss": 1.0}]}}, "a row of gate has no 'rival'; found loss"),
         ({"methods": [{"predicted": 1.0}]}, "a row of methods has no 'name'"),
+        ({"ablations": [{"predicted": 1.0}]}, "a row of ablations has no 'excluded'"),
     ],
 )
 def test_a_gate_or_way_without_its_words_is_refused(part, words):

@@ -41,17 +41,23 @@ class Auto:
         """As many as leave enough to fit on where one fold is held out."""
         return -(-FEWEST_ROWS * self.folds // (self.folds - 1))
 
-    def fit(self, x: ArrayLike, y: ArrayLike) -> None:
-        """Chooses and fits.
-
-        Raises:
-            InputError: as ``require_rows``, fewer rows than folds, a name that is ``auto`` itself, or rows to which
-                none of the regressors can be fitted, with the reason of the first.
-        """
+    def __post_init__(self) -> None:
         from quadmix_plugin import registry
 
         if "auto" in self.among:
             raise InputError("regressor auto: 'auto' is among itself; leave it out of `among`")
+        for name in self.among:
+            registry.load("regressors", name, "search.options.among")
+
+    def fit(self, x: ArrayLike, y: ArrayLike) -> None:
+        """Chooses and fits.
+
+        Raises:
+            InputError: as ``require_rows``, fewer rows than folds, or rows to which none of the regressors can be
+                fitted, with the reason of the first.
+        """
+        from quadmix_plugin import registry
+
         features, target = require_rows(x, y, self.folds, "train more proxies, or lower `folds`")
         makers = {name: registry.load("regressors", name, "search.options.among") for name in self.among}
         squares, reasons = {}, []
@@ -74,6 +80,13 @@ class Auto:
     def predict_with_sd(self, x: ArrayLike) -> tuple[Array, Array]:
         """As of the chosen regressor, which must have it; see ``knows_its_error``."""
         return self._fitted().predict_with_sd(x)
+
+    def another(self) -> Regressor:
+        """A new one of the chosen kind: refits are of the same model, not of another choice."""
+        from quadmix_plugin import registry
+
+        self._fitted()
+        return registry.load("regressors", self.chosen)()
 
     @property
     def knows_its_error(self) -> bool:

@@ -17,6 +17,8 @@ from quadmix_plugin.search.regressors import Regressor
 
 Array = NDArray[np.float64]
 
+_FEWEST_ROWS = 3  # that a rank correlation says anything of
+
 _log = logging.getLogger(__name__)
 
 _RESAMPLES = 500
@@ -66,6 +68,12 @@ class CrossValidation:
     predicted: Array
     metrics: Metrics
     spread: Metrics
+
+    def of_rows(self, rows: NDArray[np.bool_]) -> "CrossValidation":
+        """The same of some rows [n] only; of all where these are fewer than three or have equal losses."""
+        if rows.all() or rows.sum() < _FEWEST_ROWS or np.ptp(self.real[rows]) == 0.0:
+            return self
+        return _summary(self.real[rows], self.predicted[:, rows])
 
     @property
     def mean_predicted(self) -> Array:

@@ -165,7 +165,7 @@ def selection_statistics(table: ScoreTable, normalised: ArrayLike, thetas: Theta
 
 
 def derived_features(statistics: SelectionStatistics) -> tuple[Array, list[str]]:
-    """X [T, M + 1 + N]: √ of each domain's share of the selected tokens, log of the selected tokens, mean scores.
+    """X [T, M + 2 + N]: √ of each domain's share of the selected tokens, their log, mean S, mean scores.
 
     Fewer than one selected token counts as one in the logarithm; the shares of an empty selection are 0.
     """
@@ -203,9 +203,10 @@ def _derived_columns(statistics: SelectionStatistics) -> Array:
     selected = np.maximum(statistics.selected_tokens, 1e-300)
     share = statistics.tokens_per_domain / selected[:, None]
     size = np.log(np.maximum(selected, 1.0))
-    return np.concatenate([np.sqrt(share), size[:, None], statistics.mean_score], axis=1)
+    mean = statistics.mean_sampling_value
+    return np.concatenate([np.sqrt(share), size[:, None], mean[:, None], statistics.mean_score], axis=1)
 
 
 def _derived_names(domains: tuple[str, ...], scorers: tuple[str, ...]) -> list[str]:
     shares = [f"sqrt_share[{domain}]" for domain in domains]
-    return [*shares, SIZE, *(f"mean_score[{scorer}]" for scorer in scorers)]
+    return [*shares, SIZE, "mean_sampling_value", *(f"mean_score[{scorer}]" for scorer in scorers)]

@@ -5,7 +5,7 @@ the interval of the prediction holds the regressor's cross-validated error, its 
 beyond what could be checked, and the noise of the rival's own losses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,33 +76,41 @@ class Gain:
 def gain_over(
     rival: str, losses: ArrayLike, prediction: Prediction, noise_sd: float | None, overlap: float | None = None
 ) -> Gain:
-    """The gain over a rival from its measured losses, one per seed."""
+    """The gain over a rival from its measured losses, one per seed; a noise that is not known is taken to be the error.
+
+    The regressor's error against losses of single trainings holds their noise.
+    """
     values = np.asarray(losses, dtype=np.float64)
     mean = float(values.mean())
     gain = mean - prediction.loss
-    half = float(np.hypot(prediction.half, _Z * (noise_sd or 0.0) / np.sqrt(values.size)))
+    half = float(np.hypot(prediction.half, _Z * (noise_sd or prediction.error) / np.sqrt(values.size)))
     wider = half - prediction.half
     low, high = mean - prediction.high - wider, mean - prediction.low + wider
     return Gain(rival, mean, gain, gain / noise_sd if noise_sd else None, low, high, overlap)
 
 
-def verdict(gains: list[Gain]) -> tuple[bool, str]:
-    """Whether the gain over the strongest rival is outside its interval, and the sentence that says so."""
+def verdict(gains: list[Gain], failed: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether the gain over the strongest rival is outside its interval, and the sentence that says so.
+
+    ``failed``: rivals whose proxies could not be trained, which are not among ``gains``.
+    """
     if not gains:
-        return False, "No evidence of gain: no baseline was trained; set proxy.baselines."
+        reason = f"{', '.join(failed)} could not be trained" if failed else "none was trained; set proxy.baselines"
+        return False, f"No evidence of gain over a baseline: {reason}."
     strongest = min(gains, key=lambda gain: gain.loss)
     amount = f"{strongest.gain:+.4f}" + (
         "" if strongest.in_noise is None else f", {strongest.in_noise:.1f} × the noise"
     )
     interval = f"95 % {strongest.low:+.4f} to {strongest.high:+.4f}"
     against = f"the strongest baseline proxy, {strongest.rival} ({amount}; {interval})"
+    lacking = f" {', '.join(failed)} could not be trained and may be stronger." if failed else ""
     if strongest.low > 0:
-        return True, f"A gain is to be expected over {against}."
+        return True, f"A gain is to be expected over {against}.{lacking}"
     beaten = [gain.rival for gain in gains if gain.low > 0]
     rest = f" One is to be expected over {', '.join(beaten)}." if beaten else ""
     if strongest.high < 0:
-        return False, f"No gain: θ* is predicted to be worse than {against}.{rest}"
-    return False, f"No evidence of gain over {against}: the interval holds 0.{rest}"
+        return False, f"No gain: θ* is predicted to be worse than {against}.{rest}{lacking}"
+    return False, f"No evidence of gain over {against}: the interval holds 0.{rest}{lacking}"
 
 
 def jaccard(tokens: ArrayLike, copies: ArrayLike, others: ArrayLike) -> float:

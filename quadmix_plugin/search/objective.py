@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,24 @@ from numpy.typing import NDArray
 from quadmix_plugin.errors import InputError
 
 Array = NDArray[np.float64]
+
+
+def gate(
+    weights: Mapping[str, float], ratios: Mapping[str, float | None], least: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights without those of tasks whose signal to noise is below ``least``, and the ratio of each that lost its own.
+
+    ``ratios``: task → standard deviation across θ (which holds the noise) / that over seeds; None or absent where
+    unknown, which leaves a task in. Where all are too low none is left out.
+    """
+    low = {
+        task: ratio
+        for task, weight in weights.items()
+        if weight > 0 and (ratio := ratios.get(task)) is not None and ratio < least
+    }
+    if all(task in low for task, weight in weights.items() if weight > 0):
+        return dict(weights), {}
+    return {task: 0.0 if task in low else weight for task, weight in weights.items()}, low
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,21 @@ class Objective:
         """The tasks that count."""
         return [task for task, weight in self.weights.items() if weight > 0]
 
-    def value(self, losses: Mapping[str, Array]) -> Array:
+    @property
+    def scale(self) -> float:
+        """Of ``measure``: one standard deviation."""
+        return self.sd[self.tasks[0]] if len(self.tasks) == 1 else 1.0
+
+    @property
+    def unit(self) -> str:
+        """Of ``measure``."""
+        return "nats per token" if len(self.tasks) == 1 else "standard deviations over the proxies"
+
+    def measure(self, losses: Mapping[str, Any]) -> Array:
+        """The objective [n] as it is told: of one task its loss itself, of several ``value``."""
+        return self.value(losses) if len(self.tasks) > 1 else np.asarray(losses[self.tasks[0]])
+
+    def value(self, losses: Mapping[str, Any]) -> Array:
         """The objective [n] of losses, task → [n]."""
         terms = [self.weights[task] * (losses[task] - self.mean[task]) / self.sd[task] for task in self.tasks]
         return np.sum(terms, axis=0)

@@ -58,7 +58,7 @@ class Draws:
 def predict_draws(
     space: SearchSpace,
     surrogate: Surrogate,
-    paper: Surrogate,
+    paper: Surrogate | None,
     n: int,
     top: int,
     seed: int,
@@ -84,7 +84,8 @@ def predict_draws(
         for task, loss in predicted.items():
             losses[task].append(loss)
         ours.add(start, value, points)
-        theirs.add(start, paper.value(x) if paper is not surrogate else value, points)
+        if paper is not None:
+            theirs.add(start, paper.value(x), points)
         progress(start + len(points))
     value = np.concatenate(values)
     if not np.isfinite(value).any():
@@ -112,17 +113,23 @@ class _Best:
 def refine(
     space: SearchSpace, surrogate: Surrogate, start: Array, settings: TrustRegion = TrustRegion(), seed: int = 0
 ) -> Array:
-    """The best point [w] of a ball around ``start`` [w], by separable CMA-ES; ``start`` where nothing is better."""
+    """The best point [w] of a ball around ``start`` [w], by separable CMA-ES; ``start`` where nothing is better.
+
+    The ball is one of places in the cube; a space may move the point of a place, such as to a budget.
+    """
     from cmaes import SepCMA
 
     centre = space.to_unit(start[None])[0]
     dimensions = centre.size
     radius = settings.radius * np.sqrt(dimensions / 12)
 
+    def judged(points: Array) -> Array:
+        value, sd = surrogate.value_with_sd(space.features(points))
+        return np.where(np.isfinite(value), value + settings.pessimism * sd, _FAR)
+
     def cost(unit: Array) -> Array:
-        value, sd = surrogate.value_with_sd(space.features(space.from_unit(unit)))
         outside = np.maximum(np.linalg.norm(unit - centre, axis=1) / radius - 1.0, 0.0)
-        return np.where(np.isfinite(value), value + settings.pessimism * sd, _FAR) + _FAR * outside
+        return judged(space.from_unit(unit)) + _FAR * outside
 
     bounds = np.stack([np.zeros(dimensions), np.ones(dimensions)], axis=1)
     optimiser = SepCMA(
@@ -132,7 +139,7 @@ def refine(
         seed=seed % 2**32,
         population_size=_POPULATION,
     )
-    begun = float(cost(centre[None])[0])
+    begun = float(judged(start[None])[0])
     best, lowest, still = centre, begun, 0
     for _ in range(settings.evaluations // _POPULATION):
         unit = np.array([optimiser.ask() for _ in range(_POPULATION)])
@@ -151,7 +158,7 @@ _FAR = 100.0  # in standard deviations of the objective; finite, so that ranks a
 
 
 def pareto_front(losses: Array) -> NDArray[np.intp]:
-    """Rows of ``losses`` [n, tasks] that no other row beats in every task and equals in none; lower is better."""
+    """Rows of ``losses`` [n, tasks] than which no other is as low in every task and lower in one."""
     order = np.lexsort(losses.T[::-1])
     front: list[int] = []
     kept = np.empty((0, losses.shape[1]))

@@ -67,10 +67,11 @@ class Proposal:
     """θ* and what it is to be judged against.
 
     ``best``: the result of ``method``; ``ways``: every way to it, predicted by the same regressors: ``trust_region``
-    (not under ``paper``), ``draws`` (mean of the best draws) and ``paper`` (mean of those that LightGBM finds best);
-    ``top``: the averaged draws, best first; ``drawn``: predictions of all draws; ``front``: numbers of the draws that no other
-    beats in all tasks; ``best_proxy``: the proxy of the lowest measured objective, and ``best_proxy_predicted`` what
-    the regressors, which saw it, say of it; ``surrogate``: fitted on all proxies.
+    (not under ``paper``), ``draws`` (mean of the best draws) and ``paper`` (arithmetic mean of those that LightGBM
+    finds best; absent where there are too few rows for it); ``top``: the averaged draws, best first; ``drawn``:
+    predictions of all draws; ``front``: numbers of the draws that no other beats in all tasks; ``best_proxy``: the
+    proxy of the lowest measured objective, and ``best_proxy_predicted`` what the regressors, which saw it, say of it;
+    ``surrogate``: fitted on all proxies.
     """
 
     space: SearchSpace
@@ -154,12 +155,11 @@ def propose(
     refined = settings.method == "trust_region"
     if surrogate is None:
         surrogate = Surrogate.fit(make, x, real, objective, uncertain=refined, seed=settings.seed)
-    paper = Surrogate.fit(_papers_trees, x, real, objective, uncertain=False)
+    paper = _by_trees(x, real, objective)
     drawn = predict_draws(space, surrogate, paper, settings.draws, settings.top, settings.seed, progress)
-    means = {
-        "draws": space.mean(drawn.points, settings.average),
-        "paper": space.mean(drawn.paper_points, settings.average),
-    }
+    means = {"draws": space.mean(drawn.points, settings.average)}
+    if paper is not None:
+        means["paper"] = space.mean(drawn.paper_points, "paper")
     found = dict(means)
     if refined:
         found["trust_region"] = refine(space, surrogate, means["draws"], settings.region, settings.seed)
@@ -186,8 +186,12 @@ def propose(
 _NONE = np.empty(0, dtype=np.intp)
 
 
-def _papers_trees() -> Regressor:
-    return LightGBM()
+def _by_trees(x: Array, real: Mapping[str, Array], objective: Objective) -> Surrogate | None:
+    """The paper's regressor; None where there are too few rows for it."""
+    try:
+        return Surrogate.fit(LightGBM, x, real, objective, uncertain=False)
+    except InputError:
+        return None
 
 
 def _candidates(

@@ -5,6 +5,7 @@ how far its predictions may be off also has ``predict_with_sd``. Here are the pr
 paper's choice. Which features a regressor gets, how it is judged and what it is used for is decided elsewhere.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -94,7 +95,12 @@ class LightGBM:
 
     @property
     def fewest_rows(self) -> int:
-        """With fewer rows there could be no two leaves."""
+        """With fewer rows there could be no two leaves, those held out for early stopping apart."""
+        held = self.validation_share if self.early_stopping else 0.0
+        return math.ceil(self._two_leaves / (1.0 - held))
+
+    @property
+    def _two_leaves(self) -> int:
         return 2 * self.min_child_samples
 
     def fit(self, x: ArrayLike, y: ArrayLike, held: tuple[ArrayLike, ArrayLike] | None = None) -> None:
@@ -113,7 +119,7 @@ class LightGBM:
         train, out = self._split(target.size if held is None else 0)
         if held is None:
             held, (features, target) = (features[out], target[out]), (features[train], target[train])
-        features, target = require_rows(features, target, self.fewest_rows, remedy)
+        features, target = require_rows(features, target, self._two_leaves, remedy)
         parameters = self._parameters(features.shape[1])
         rows = lightgbm.Dataset(features, target, params=parameters)
         checks: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from quadmix_plugin.search.optimise import TrustRegion, refine
 from quadmix_plugin.search.regressors import Regressor
 from quadmix_plugin.search.spaces import PAPER_SPACE, ThetaSpace
 from quadmix_plugin.search.surrogate import Surrogate
+from quadmix_plugin.search.token_constraint import TokenConstraint
 
 Array = NDArray[np.float64]
 
@@ -47,15 +48,16 @@ def next_round(
     weights: Mapping[str, float] | None = None,
     space: ParameterSpace = PAPER_SPACE,
     excluded: tuple[int, ...] = (),
+    constraint: TokenConstraint | None = None,
     seed: int = 0,
 ) -> Batch:
     """Chooses ``n`` θ from what the trained ``vectors`` [T, w] and their ``losses`` (task → [T]) teach.
 
     Raises:
-        InputError: losses that cannot be learned from, or θ of another corpus.
+        InputError: losses that cannot be learned from, θ of another corpus, or a budget that no draw reaches.
     """
     real = require_losses(losses, len(vectors))
-    theta = ThetaSpace(columns, space, excluded)
+    theta = ThetaSpace(columns, space, excluded, constraint)
     surrogate = Surrogate.fit(make, theta.features(vectors), real, Objective.of(real, weights), seed=seed)
     drawn = np.concatenate([points for _, points in theta.draw(_DRAWS, seed)])
     value = surrogate.value(theta.features(drawn))

@@ -108,13 +108,16 @@ class ThetaSpace:
         return x
 
     def to_unit(self, points: Array) -> Array:
-        """The cube of Algorithm 1, α of each domain as its ratio to the largest."""
+        """The cube of Algorithm 1, α of each domain as its ratio to the largest.
+
+        Where a budget has widened windows beyond ``omega_max``, ω keep their ratios and the widest is at 1.
+        """
         alpha, lam, omega, eta, epsilon = self._split(points)
         ratio = alpha / alpha.max(axis=2, keepdims=True)
         decades = np.log(self.space.lam_max / self.space.lam_min)
         rest = (
             np.log(np.maximum(lam, self.space.lam_min) / self.space.lam_min) / (decades or 1.0),
-            omega / self.space.omega_max,
+            omega / np.maximum(omega.max(axis=1, keepdims=True), self.space.omega_max),
             eta / (self.space.eta_max or 1.0),
             epsilon / (self.space.epsilon_max or 1.0),
         )

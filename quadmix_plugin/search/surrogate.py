@@ -47,8 +47,9 @@ class Surrogate:
         for task in objective.tasks if uncertain else ():
             if not knows_its_error(regressors[task]):
                 rng = np.random.default_rng([seed, 0xB007])
+                remake = getattr(regressors[task], "another", make)
                 chosen = [np.sort(rng.integers(0, len(x), len(x))) for _ in range(REFITS)]
-                refits[task] = [_fitted(make(), x[rows], losses[task][rows]) for rows in chosen]
+                refits[task] = [_fitted(remake(), x[rows], losses[task][rows]) for rows in chosen]
         return cls(regressors, refits, objective)
 
     def losses(self, x: Array) -> dict[str, Array]:

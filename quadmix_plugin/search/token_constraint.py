@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 _HALVINGS = 30
+_SATURATED = 20.0  # λ(ω − r̄) beyond which the sigmoid is 1
 _WIDEST = 1e6  # factor on ω; at it every window is the whole domain
 
 
@@ -26,17 +27,17 @@ class TokenConstraint:
     target: float
 
     @classmethod
-    def of(cls, domain_tokens: ArrayLike, target: float) -> "TokenConstraint":
-        """The constraint.
+    def of(cls, domain_tokens: ArrayLike, target: float, most_copies: float = 2.0) -> "TokenConstraint":
+        """The constraint; ``most_copies`` is the largest S of the space.
 
         Raises:
-            InputError: a target of 0 or of more than twice the corpus, which no θ of Algorithm 1 reaches.
+            InputError: a target of 0, or of more than all documents with the most copies.
         """
         tokens = np.asarray(domain_tokens, dtype=np.float64)
-        if not 0 < target <= 2 * tokens.sum():
+        if not 0 < target <= most_copies * tokens.sum():
             raise InputError(
                 f"select.target_tokens: {target:,.0f} with search.at_budget; the corpus has {tokens.sum():,.0f} tokens "
-                f"and θ gives twice that at most"
+                f"and θ takes each {most_copies:.3g} times at most"
             )
         return cls(tokens, float(target))
 
@@ -63,13 +64,10 @@ class TokenConstraint:
     def _tokens(self, rest: Array, factor: Array) -> Array:
         lam, omega, eta, epsilon = np.moveaxis(rest.reshape(len(rest), 4, -1), 1, 0)
         window = np.minimum(omega * factor[:, None], 1.0)
-        depth = np.minimum(lam * window, _SATURATED)  # beyond, the sigmoid is 1
+        depth = np.minimum(lam * window, _SATURATED)
         z = depth[..., None] * (_NODES + 1) / 2
         inside = ((2.0 / (1.0 + np.exp(-z))) ** eta[..., None]) @ (_WEIGHTS / 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(lam > 0, depth / np.where(lam > 0, lam, 1.0), window)
         value = share * inside + (window - share) * 2.0**eta
         return (value + epsilon) @ self.domain_tokens
-
-
-_SATURATED = 20.0
