@@ -150,13 +150,13 @@ def _search(run: Run, done: set[str]) -> dict[str, Any]:
         "predictions": step.read_table("search/predictions.parquet"),
         "metrics": {
             **metrics["targets"],
-            "objective": {**metrics["objective"], "mae": metrics["objective"]["mae_loss"]},
+            "objective": {**metrics["objective"], "mae": metrics["objective"]["mae"] * _scale(optimum)},
         },
         "search": SearchOutcome(
-            weights, gain["predicted"]["loss"], _weighted(best["losses"], weights), best["number"], facts
+            weights, gain["predicted"]["loss"], best["measure"], best["number"], facts, optimum["unit"]
         ),
         "drawings": list(search_drawings(step).values()),
-        "methods": _methods(optimum, weights),
+        "methods": _methods(optimum),
         "ablations": ablations(run),
         "gate": gain,
     }
@@ -186,15 +186,23 @@ def _regressor(run: Run, chosen: dict[str, str]) -> str:
     return f"{name} ({', '.join(f'{model} for {n} tasks' for model, n in each.items())})" if each else name
 
 
-def _methods(optimum: dict[str, Any], weights: dict[str, float]) -> list[dict[str, Any]]:
+def _scale(optimum: dict[str, Any]) -> float:
+    """One standard deviation of the objective in its unit: of one task in nats, of several they are the unit."""
+    counting = [task for task, weight in optimum["objective_of"]["weights"].items() if weight > 0]
+    return optimum["objective_of"]["sd"][counting[0]] if len(counting) == 1 else 1.0
+
+
+def _methods(optimum: dict[str, Any]) -> list[dict[str, Any]]:
     """Every way to θ with its predicted loss and interval; what was measured of the best proxy."""
     rows = []
     for name, way in named_ways(optimum).items():
         interval = way["interval"]
         rows.append({"name": name, "predicted": interval["loss"], "low": interval["low"], "high": interval["high"]})
     best, seen = optimum["best_proxy"], optimum["best_proxy_predicted"]
-    losses = {name: _weighted(each["losses"], weights) for name, each in (("real", best), ("predicted", seen))}
-    return [*rows, {"name": f"best observed proxy ({best['number']})", **losses}]
+    return [
+        *rows,
+        {"name": f"best observed proxy ({best['number']})", "real": best["measure"], "predicted": seen["measure"]},
+    ]
 
 
 def _weighted(losses: dict[str, float], weights: dict[str, float]) -> float:

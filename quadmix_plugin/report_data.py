@@ -43,10 +43,11 @@ class ScoreHistogram:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What the search found; losses are values of the objective, Σ weight·loss / Σ weight over the tasks.
+    """What the search found; losses are values of the objective in ``unit``: one task's loss, or of several standardised.
 
     ``weights``: task → weight. ``predicted`` of θ*; ``best_observed`` among the proxies and that proxy's number.
-    ``facts``: anything else worth a row (regressor, draws predicted, draws averaged, scale of ω).
+    ``facts``: anything else worth a row (regressor, draws predicted, draws averaged, scale of ω). ``unit`` is also
+    that of ``methods``, ``ablations`` and the error of "objective" in ``metrics``.
     """
 
     weights: Mapping[str, float]
@@ -54,6 +55,7 @@ class SearchOutcome:
     best_observed: float | None = None
     best_proxy: int | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
+    unit: str = "nats per token"
 
 
 @dataclass(frozen=True)
