@@ -82,20 +82,31 @@ class _Search:
     excluded: tuple[str, ...]
 
     def write(self) -> None:
-        run, step, started = self.run, self.step, time.monotonic()
+        """Searches, unless an interrupted command has done so, and draws the figures that are not there yet."""
+        step, started, path = self.step, time.monotonic(), f"{self.folder}/metrics.json"
+        if step.entry(path) is None:
+            self._search(path)
+        metrics, theta = step.read_json(path), Parameters.from_dict(step.read_json(f"{self.folder}/theta.json"))
+        noise = self.run.step("proxies").read_json("proxies/noise.json")
+        write_figures(step, self.folder, theta, noise, self._shares(theta))
+        step.finish(seconds=round(time.monotonic() - started, 2), headline=metrics["headline"])
+
+    def _search(self, path: str) -> None:
+        """Writes θ* and the tables, and last the metrics to ``path``, which stand for all of them."""
+        run, step = self.run, self.step
         numbers, thetas, losses = proxy_losses(run)
         weights, gated = gated_weights(run, losses)
         losses = _varying(losses, weights)
-        weights = {task: weights[task] for task in losses}
         columns = FeatureMap.of(run.table, run.normalised, run.recipe.search.features)
-        space, points = self._space(columns), columns.vectors(thetas)
+        points = columns.vectors(thetas)
         x = columns.features(points)
         judged = self._judge(x, losses)
-        proposal = self._propose(space, points, losses, weights)
-        names, objective = columns.names(), proposal.objective.value(losses)
+        proposal = self._propose(self._space(columns), points, losses, {task: weights[task] for task in losses})
+        objective = proposal.objective.value(losses)
         learning = error_by_rows(_makers(), x, objective, seed=run.seed_for("learning curve"))
-        matters = importance(_chosen(run, proposal), x, objective, names, seed=run.seed_for("importance"))
-        expected = expected_gain(run, proposal, judged, self._theta(proposal))
+        matters = importance(_chosen(run, proposal), x, objective, columns.names(), seed=run.seed_for("importance"))
+        expected = expected_gain(run, proposal, judged, proposal.theta)
+        step.write_json(f"{self.folder}/theta.json", proposal.theta.to_dict())
         self._write_tables(proposal, judged, numbers, matters)
         # What was proposed lies close together: ranks are those of the draws alone.
         drawn = np.array(numbers) < (run.recipe.search.rounds[0] if run.recipe.search.rounds else np.inf)
@@ -105,9 +116,8 @@ class _Search:
         metrics["error_by_proxies"] = {
             name: {"proxies": sizes.tolist(), "mae": error.tolist()} for name, (sizes, error) in learning.items()
         }
-        step.write_json(f"{self.folder}/metrics.json", metrics)
-        write_figures(step, self.folder, proposal.theta, run.step("proxies").read_json("proxies/noise.json"))
-        step.finish(seconds=round(time.monotonic() - started, 2), headline=_headline(fair, proposal, gated, expected))
+        metrics["headline"] = _headline(fair, proposal, gated, expected)
+        step.write_json(path, metrics)
 
     def _space(self, columns: FeatureMap) -> ThetaSpace:
         recipe = self.run.recipe
@@ -143,10 +153,12 @@ class _Search:
             progress=lambda done: run.progress("search", done, settings.draws),
         )
 
-    def _theta(self, proposal: Proposal) -> Parameters:
-        theta = proposal.theta
-        self.step.write_json(f"{self.folder}/theta.json", theta.to_dict())
-        return theta
+    def _shares(self, theta: Parameters) -> tuple[Any, Any, Any]:
+        """Domains and their shares of the tokens in percent, of the corpus and as θ* is expected to select."""
+        before = self.run.table.domain_tokens
+        columns = FeatureMap.of(self.run.table, self.run.normalised)
+        after = columns.statistics([theta]).tokens_per_domain[0]
+        return theta.domains, 100 * before / before.sum(), 100 * after / after.sum()
 
     def _write_tables(
         self, proposal: Proposal, judged: dict[str, CrossValidation], numbers: list[int], matters: Importance

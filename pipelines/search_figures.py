@@ -97,6 +97,8 @@ def write_figures(
     drawings |= _curves(theta)
     with TemporaryDirectory() as scratch:
         for stem, drawing in drawings.items():
+            if all(step.entry(f"{folder}/figures/{stem}.{kind}") for kind in ("svg", "png")):
+                continue
             files = drawing.save(Path(scratch), stem)
             with step.writing(*(f"{folder}/figures/{file.name}" for file in files)) as temporaries:
                 for file, temporary in zip(files, temporaries, strict=True):

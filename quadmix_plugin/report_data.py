@@ -43,7 +43,7 @@ class ScoreHistogram:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What the search found; losses are values of the objective in ``unit``: one task's loss, or of several standardised.
+    """What the search found; losses are values of the objective in ``unit``: one task's, or of several standardised.
 
     ``weights``: task → weight. ``predicted`` of θ*; ``best_observed`` among the proxies and that proxy's number.
     ``facts``: anything else worth a row (regressor, draws predicted, draws averaged, scale of ω). ``unit`` is also

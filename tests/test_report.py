@@ -344,6 +344,16 @@ def test_searches_without_scorers_are_listed_with_prediction_and_verdict():
     assert "No evidence" in alone
 
 
+def test_an_objective_of_several_tasks_is_told_in_its_own_unit():
+    unit, data = "standard deviations over the proxies", report_data()
+    kept = {"methods": data.methods, "ablations": data.ablations, "metrics": data.metrics}
+    words = cells(render(ReportData("x", search=SearchOutcome({"task-0": 1, "task-1": 1}, -1.25, unit=unit), **kept)))
+    assert f"θ* has a predicted objective of −1.2500 ({unit})" in words
+    assert f"Ways to find θ, by the objective in {unit}" in words
+    assert f"forced to 0; objective in {unit}" in words
+    assert f"the error of the objective in {unit}" in words
+
+
 def test_ways_to_find_theta_are_compared_and_drawings_stand_under_their_titles():
     words = cells(rendered())
     assert "| default search | 5.9000 | 5.8000 to 6.1000 | 5.9500 |" in words
