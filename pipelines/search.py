@@ -32,7 +32,6 @@ from quadmix_plugin.store import Step, content_key
 _TRUSTED = 0.4
 """Below this rank correlation the search orders unseen θ hardly better than chance (48 proxies: p = .005)."""
 
-_COMPARED = ("gp", "lightgbm", "svr-linear", "svr-rbf")
 _LONGEST = 80  # characters of a folder's name
 _MANY = 1_000  # rows, from which on one cross-validation says enough and takes long enough
 _KEPT_DRAWS = 5_000  # predictions that are written; the front is written whole
@@ -103,7 +102,7 @@ class _Search:
         judged = self._judge(x, losses)
         proposal = self._propose(self._space(columns), points, losses, {task: weights[task] for task in losses})
         objective = proposal.objective.value(losses)
-        learning = error_by_rows(_makers(), x, objective, seed=run.seed_for("learning curve"))
+        learning = error_by_rows(_makers(run), x, objective, seed=run.seed_for("learning curve"))
         matters = importance(_chosen(run, proposal), x, objective, columns.names(), seed=run.seed_for("importance"))
         expected = expected_gain(run, proposal, judged, proposal.theta)
         step.write_json(f"{self.folder}/theta.json", proposal.theta.to_dict())
@@ -214,8 +213,11 @@ def _chosen(run: Run, proposal: Proposal) -> Callable[[], Regressor]:
     return registry.load("regressors", name) if name else _maker(run)
 
 
-def _makers() -> dict[str, Callable[[], Regressor]]:
-    return {name: registry.load("regressors", name) for name in _COMPARED}
+def _makers(run: Run) -> dict[str, Callable[[], Regressor]]:
+    """Those whose error is compared; the recipe's own has its options."""
+    settings = run.recipe.search
+    loaded = {name: registry.load("regressors", name, "search.compared") for name in settings.compared}
+    return {name: _maker(run) if name == settings.regressor else make for name, make in loaded.items()}
 
 
 def _predictions(judged: dict[str, CrossValidation], numbers: list[int]) -> pa.Table:

@@ -213,5 +213,7 @@ def _check_plugins(recipe: Recipe, path: Path) -> None:
                 f"({', '.join(recipe.scorers)})"
             )
     registry.create("regressors", recipe.search.regressor, recipe.search.options, f"{path}: search.options")
+    for name in recipe.search.compared:
+        registry.load("regressors", name, f"{path}: search.compared")
     registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, f"{path}: proxy.options")
     registry.create("trainers", recipe.pretrain.trainer, recipe.pretrain.options, f"{path}: pretrain.options")

@@ -200,6 +200,8 @@ class Search(Section):
     at_budget: bool = False
     """Every θ is scaled to ``select.target_tokens`` before its loss is predicted."""
     folds: int = Field(default=5, ge=2)
+    compared: list[str] = Field(default_factory=lambda: ["gp", "lightgbm", "svr-linear", "svr-rbf"])
+    """Regressors whose error against the number of proxies is measured and drawn."""
     rounds: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Proxies of each round: the first are drawn, later ones proposed by the fit so far; empty: all are drawn."""
 

@@ -30,7 +30,12 @@ def write_small_recipe(folder: Path, **sections: dict) -> Path:
         "space": {"omega_max": 0.5},
         "validation": {"path": "validation.jsonl", "rows_per_task": 40},
         "proxy": {"number": 14, "tokens": 6_000, "repeats": 2},
-        "search": {"draws": 500, "objective": {"hellaswag": 1.0}},
+        "search": {
+            "draws": 500,
+            "objective": {"hellaswag": 1.0},
+            "regressor": "gp",
+            "compared": ["gp", "lightgbm"],
+        },
         "select": {"compare": {"random": {}, "top-edu": {"selector": "top_k", "scorer_name": "fineweb-edu"}}},
         "pretrain": {"tokens": 12_000, "seeds": [1, 2]},
         "executor": {"name": "inline"},
