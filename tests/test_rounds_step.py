@@ -24,7 +24,8 @@ THETAS = 14
 OBJECTIVE = {"mmlu": 1.0, "hellaswag": 0.5}
 ROUNDS = (
     f"proxy.number={THETAS}", f"search.rounds={SIZES}", "proxy.repeated=1", "proxy.baselines=1",
-    "search.regressor=lightgbm", "search.options={trees: 20, min_child_samples: 2}", "search.features=theta", "search.min_signal_to_noise=0",
+    "search.regressor=lightgbm", "search.options={trees: 20, min_child_samples: 2}", "search.features=theta",
+    "search.min_signal_to_noise=0",
     f"search.objective={OBJECTIVE}", "search.exclude_scorers=[words]",
 )  # fmt: skip
 
