@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.regressors import FEWEST_ROWS, require_rows
+from quadmix_plugin.search.regressors import FEWEST_ROWS, require_finite_rows
 
 Array = NDArray[np.float64]
 Transform = Literal["none", "sqrt"]
@@ -56,13 +56,9 @@ class GaussianProcess:
         """Fits y [n] from x [n, f].
 
         Raises:
-            InputError: as ``require_rows`` (8 rows), or a feature that is not finite.
+            InputError: as ``require_finite_rows``.
         """
-        features, target = require_rows(x, y, FEWEST_ROWS, "train more proxies")
-        if (bad := ~np.isfinite(features).all(axis=1)).any():
-            raise InputError(
-                f"regressor gp: features of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; fill or drop them"
-            )
+        features, target = require_finite_rows(x, y)
         few = np.sort(np.random.default_rng(self.seed).permutation(target.size)[: self.rows_for_scales])
         fits = [
             self._scaled(columns, "isotropic" if self.kernel is None else self.kernel, features[few], target[few])

@@ -67,6 +67,20 @@ def require_rows(x: ArrayLike, y: ArrayLike, fewest: int, remedy: str) -> tuple[
     return features, target
 
 
+def require_finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    """The same for smooth regressors.
+
+    Raises:
+        InputError: as ``require_rows`` (8 rows), or features that are not finite.
+    """
+    features, target = require_rows(x, y, FEWEST_ROWS, "train more proxies")
+    if (bad := ~np.isfinite(features).all(axis=1)).any():
+        raise InputError(
+            f"regressor: features of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; fill or drop them"
+        )
+    return features, target
+
+
 @dataclass
 class LightGBM:
     """Gradient-boosted trees, the paper's regressor, with defaults for tens to hundreds of rows.

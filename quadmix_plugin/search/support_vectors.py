@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.search.regressors import FEWEST_ROWS, require_rows
+from quadmix_plugin.search.regressors import FEWEST_ROWS, require_finite_rows
 
 Array = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class LinearSVR:
         """Fits y [n] from x [n, f].
 
         Raises:
-            InputError: as ``require_rows`` (8 rows), or a feature that is not finite.
+            InputError: as ``require_finite_rows``.
         """
         from sklearn.base import clone
         from sklearn.compose import TransformedTargetRegressor
@@ -52,11 +52,7 @@ class LinearSVR:
         from sklearn.preprocessing import StandardScaler
         from sklearn.svm import SVR
 
-        features, target = require_rows(x, y, FEWEST_ROWS, "train more proxies")
-        if (bad := ~np.isfinite(features).all(axis=1)).any():
-            raise InputError(
-                f"regressor: features of rows {np.flatnonzero(bad)[:5].tolist()} are not finite; fill or drop them"
-            )
+        features, target = require_finite_rows(x, y)
         machine = SVR(kernel=self.kernel, epsilon=self.epsilon)  # type: ignore[arg-type]
         model = TransformedTargetRegressor(make_pipeline(StandardScaler(), machine), transformer=StandardScaler())
         rng = np.random.default_rng(self.seed)
