@@ -95,7 +95,10 @@ def test_metrics_are_of_the_test_rows_alone_and_of_what_was_fitted_to_the_others
     assert low < said["mae"] < high
     error = float(np.sqrt(((real - table["predicted"]) ** 2).mean()))
     at = metrics["predicted"]["loss/web"]
-    assert at["high"] - at["loss"] == pytest.approx(1.96 * np.hypot(error, at["sd"]))
+    half = 1.96 * np.hypot(error, at["sd"])
+    assert at["loss"] - at["low"] == pytest.approx(half)
+    assert at["checked"] == pytest.approx(table["predicted"].min())
+    assert at["high"] == pytest.approx(max(at["loss"], at["checked"]) + half)
 
 
 def test_what_is_written_is_what_is_returned(case):
