@@ -190,6 +190,7 @@ def test_a_proxy_that_failed_is_left_out_of_the_next_fit(
     assert list((step.summary() or {})["failures"]) == [part_path(3)]
 
 
+@pytest.mark.slow
 def test_rounds_do_not_change_what_a_theta_is_trained_to(labelled: Path, whole: Step, tmp_path: Path) -> None:
     """The draws of a run in rounds are those of a run without, and so are their losses."""
     given = [each for each in ROUNDS if not each.startswith(("proxy.number", "search.rounds", "proxy.baselines"))]

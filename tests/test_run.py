@@ -276,7 +276,7 @@ def copied(recipe_path: Path, finished: Path, tmp_path: Path):
         yield run
 
 
-@pytest.mark.parametrize("failed", [(3,), (0, 14)])
+@pytest.mark.parametrize("failed", [pytest.param((3,), marks=pytest.mark.slow), (0, 14)])
 def test_failed_proxies_are_left_out_of_the_search(copied: Run, failed: tuple[int, ...]) -> None:
     step = copied.step("proxies")
     for number in failed:
