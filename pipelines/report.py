@@ -21,6 +21,7 @@ from quadmix_plugin.report import (
     StepRows,
     render,
 )
+from quadmix_plugin.search.gain import weighted
 from quadmix_plugin.store import Step, atomic_path, content_key
 from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
 
@@ -57,7 +58,7 @@ def verdict(run: Run) -> Verdict | None:
     losses: dict[str, dict[str, list[float]]] = {}
     for row in run.step("pretrain").read_table("pretrain/results.parquet").to_pylist():
         tasks = {name.removeprefix(LOSS_PREFIX): row[name] for name in row if name.startswith(LOSS_PREFIX)}
-        for measure, loss in {OBJECTIVE: _weighted(tasks, weights), **tasks}.items():
+        for measure, loss in {OBJECTIVE: weighted(tasks, weights), **tasks}.items():
             losses.setdefault(row["selector"], {}).setdefault(measure, []).append(loss)
     return judge(losses, QUADMIX)
 
@@ -203,10 +204,6 @@ def _methods(optimum: dict[str, Any]) -> list[dict[str, Any]]:
         *rows,
         {"name": f"best observed proxy ({best['number']})", "real": best["measure"], "predicted": seen["measure"]},
     ]
-
-
-def _weighted(losses: dict[str, float], weights: dict[str, float]) -> float:
-    return sum(weight * losses[task] for task, weight in weights.items()) / sum(weights.values())
 
 
 def _pretrain(run: Run, done: set[str]) -> dict[str, Any]:

@@ -4,14 +4,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 74 storage, 78 recipe error, 130 and 143 
 """
 
 import json
-import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +17,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from quadmix_plugin.errors import QuadmixError
+from quadmix_plugin.terminal import quiet_libraries, show_progress, stderr
 
 if TYPE_CHECKING:
-    from quadmix_plugin.pipelines.context import Progress
+    pass
 
 app = typer.Typer(
     name="quadmix",
@@ -34,11 +31,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_SECONDS_BETWEEN_LINES = 15.0
 _SHOWN = 8
 
 _stdout = Console(soft_wrap=True)
-_stderr = Console(stderr=True, soft_wrap=True)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/NAME.", show_default=False)]
@@ -88,7 +83,7 @@ def _fail(message: str, code: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": message, "exit_code": code}))
     else:
-        _stderr.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+        stderr.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
     sys.stdout.flush()
     sys.exit(code)
 
@@ -129,7 +124,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Runs every step of a recipe, from text to a chosen data set; what is already there is not done again."""
-    _quiet(verbose)
+    quiet_libraries(verbose)
     from quadmix_plugin.pipelines.run import run_steps, steps_until
 
     _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps_until(until)))
@@ -144,7 +139,7 @@ def _step_command(name: str, steps: tuple[str, ...], text: str) -> None:
         as_json: AsJson = False,
         verbose: Verbose = False,
     ) -> None:
-        _quiet(verbose)
+        quiet_libraries(verbose)
         from quadmix_plugin.pipelines.run import run_steps
 
         _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps))
@@ -175,7 +170,7 @@ def search_command(
     verbose: Verbose = False,
 ) -> None:
     """Fits a regressor from parameters to losses, finds θ*, and says what gain to expect of it."""
-    _quiet(verbose)
+    quiet_libraries(verbose)
     from quadmix_plugin.pipelines.run import run_ablation, run_steps
 
     def work(opened: Any) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Says what would run: documents, tokens, parameters, compute, disk, and what is already done."""
-    _quiet(verbose)
+    quiet_libraries(verbose)
     from quadmix_plugin.pipelines.plan import make_plan
 
     loaded = _load(recipe, set_, None)
@@ -254,7 +249,7 @@ def fit(
     verbose: Verbose = False,
 ) -> None:
     """Search without training: fits tables of inputs and losses, says how far to trust it, finds the best input."""
-    _quiet(verbose)
+    quiet_libraries(verbose)
     from quadmix_plugin.pipelines import fit as fitting
 
     settings = fitting.FitSettings(
@@ -262,7 +257,7 @@ def fit(
         fitting.parse_options(set_ or ()), method, draws, top, prior, seed, folds, early_stop_on_test,  # type: ignore[arg-type]
         drop_unmatched, figures,
     )  # fmt: skip
-    with _progress(as_json) as progress:
+    with show_progress(as_json) as progress:
         metrics = fitting.fit(settings, *([progress] if progress else []))
     if as_json:
         print(json.dumps(metrics))
@@ -341,7 +336,7 @@ def _run_steps(
 
     loaded = _load(recipe, overrides, executor)
     folder = _out(loaded.name, out)
-    with _progress(as_json) as progress, open_run(loaded, folder, progress=progress) as opened:
+    with show_progress(as_json) as progress, open_run(loaded, folder, progress=progress) as opened:
         summary = work(opened)
     if as_json:
         print(json.dumps({"out": str(folder), **summary}))
@@ -384,101 +379,6 @@ def _load(recipe: Path, overrides: list[str] | None, executor: str | None) -> An
 
 def _out(name: str, out: Path | None) -> Path:
     return (out or Path("runs") / name).absolute()
-
-
-@contextmanager
-def _progress(as_json: bool) -> Iterator["Progress | None"]:
-    """Progress of the stages with time left, on stderr; without a terminal one line when a stage ends."""
-    if as_json:
-        yield None
-        return
-    if not _stderr.is_terminal:
-        yield _Lines()
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=_stderr) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int | None, /, note: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=total, note="")
-            if done < bars.tasks[tasks[stage]].completed:  # the same stage again, with other work
-                bars.reset(tasks[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total, note=escape(note))
-
-        yield update
-
-
-class _Lines:
-    """Progress without a terminal: a line when a stage ends, and every quarter of a minute while one goes on."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, int]] = {}
-        self._done: dict[str, int] = {}
-        self._last: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
-        ended = total is not None and done >= total
-        now = time.monotonic()
-        if stage not in self._begun or done < self._done[stage]:  # or the same stage again, with other work
-            self._begun[stage] = (now, done)
-        self._done[stage] = done
-        if ended or now - self._last.setdefault(stage, now) > _SECONDS_BETWEEN_LINES:
-            self._last[stage] = now
-            of = "" if total is None or ended else f" of {total}"
-            said = [f"{stage}: {done}{of} done", self._left(stage, done, total, now), note]
-            _stderr.print(", ".join(filter(None, said)), markup=False, highlight=False)
-
-    def _left(self, stage: str, done: int, total: int | None, now: float) -> str:
-        """The time that what is left takes at the rate until now."""
-        begun, before = self._begun[stage]
-        if total is None or done >= total or done == before:
-            return ""
-        left = timedelta(seconds=round((now - begun) / (done - before) * (total - done)))
-        return f"{left} left"
-
-
-def _quiet(verbose: bool) -> None:
-    """Libraries log errors only; set before they are imported, and inherited by worker processes.
-
-    Dask's processes not even those: what goes wrong there is raised here, and the rest is of connections that end.
-    """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    defaults = {
-        "DASK_LOGGING__DISTRIBUTED": "info" if verbose else "critical",
-        "TRANSFORMERS_VERBOSITY": "warning" if verbose else "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "0" if verbose else "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if not verbose:
-        from loguru import logger
-
-        logger.disable("nemo_curator")  # LOGURU_LEVEL has no effect: a dependency adds a handler of its own
-        for name in ("megatron", "transformers", "matplotlib"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
