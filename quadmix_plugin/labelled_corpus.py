@@ -7,6 +7,7 @@ and on the shards of a run, and its selection cannot depend on how the documents
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -99,7 +100,7 @@ class LabelledCorpus(Protocol):
         ...
 
     def target_texts(self, tasks: Sequence[str] | None = None) -> list[str]:
-        """Questions with their answers, of those validation rows on which parameters may be searched; all tasks or some.
+        """Questions with their answers, of the validation rows on which one may search; of all tasks or some.
 
         Raises:
             InputError: no validation rows, or none of such a task.
@@ -259,7 +260,7 @@ class MemoryCorpus:
             )
         table, n = self.table.select(list(dict.fromkeys(columns))), self.table.num_rows
         ends = [n * i // self.partitions for i in range(self.partitions + 1)]
-        return [table.slice(begin, end - begin) for begin, end in zip(ends, ends[1:], strict=False)]
+        return [table.slice(begin, end - begin) for begin, end in pairwise(ends)]
 
 
 def texts_of(targets: dict[str, list[str]], tasks: Sequence[str] | None) -> list[str]:
