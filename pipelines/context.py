@@ -33,7 +33,7 @@ from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, s
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "report")
+STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "compare", "report")
 
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
@@ -43,6 +43,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "select": ("select", "rank"),
     "export": (),
     "pretrain": ("pretrain",),
+    "compare": (),  # each selection is named by what it is made from, so that another one leaves the rest as it is
     "report": ("name",),
 }
 
@@ -150,16 +151,16 @@ class Run:
     def _section_fingerprint(self, name: str, content: Any) -> Any:
         if name == "scorers":  # their order is that of the columns of α, and JSON would sort it away
             return [
-                [scorer, _fingerprint(options), *_foreign("scorers", scorer_plugin(scorer, options)[0])]
+                [scorer, fingerprint(options), *foreign("scorers", scorer_plugin(scorer, options)[0])]
                 for scorer, options in content.items()
             ]
-        if name == "domain" and (version := _foreign("domain_classifiers", content["classifier"])):
-            return [_fingerprint(content), *version]
-        if name == "search" and (version := _foreign("regressors", content["regressor"])):
-            return [_fingerprint(content), *version]
+        if name == "domain" and (version := foreign("domain_classifiers", content["classifier"])):
+            return [fingerprint(content), *version]
+        if name == "search" and (version := foreign("regressors", content["regressor"])):
+            return [fingerprint(content), *version]
         if name == "validation":
             return {**content, "path": _validation_fingerprint(content["path"])}
-        return _fingerprint(content)
+        return fingerprint(content)
 
     def step(self, name: str) -> Step:
         """A step with the key that this recipe gives it."""
@@ -285,7 +286,7 @@ def _proxy_context(recipe: Recipe) -> dict[str, Any]:
     if recipe.search.rounds:
         for name in ("rounds", *_PROPOSING):
             context[f"search.{name}"] = getattr(recipe.search, name)
-        context |= {"search.regressor's version": _foreign("regressors", recipe.search.regressor)}
+        context |= {"search.regressor's version": foreign("regressors", recipe.search.regressor)}
         context |= _search_context(recipe)
     return context
 
@@ -295,12 +296,12 @@ def _search_context(recipe: Recipe) -> dict[str, Any]:
     return {"select.target_tokens": recipe.select.target_tokens} if recipe.search.at_budget else {}
 
 
-def _fingerprint(value: Any) -> Any:
+def fingerprint(value: Any) -> Any:
     """A section with every existing path replaced by the hash of what lies there."""
     if isinstance(value, dict):
-        return {key: _fingerprint(each) for key, each in value.items()}
+        return {key: fingerprint(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_fingerprint(each) for each in value]
+        return [fingerprint(each) for each in value]
     if not isinstance(value, str) or not value.startswith("/") or not Path(value).exists():
         return value
     path = Path(value)
@@ -353,7 +354,7 @@ def _has_other_key(run: Run, name: str) -> bool:
     return any(key != run.keys[name] for key in run.directory.recorded_keys(name))
 
 
-def _foreign(group: str, name: str) -> list[str]:
+def foreign(group: str, name: str) -> list[str]:
     """Distribution and version of a plug-in that is not of this one: another version may label otherwise."""
     origin = registry.origin(group, name)
     return [] if origin["distribution"] == "quadmix-plugin" else [origin["distribution"], origin["version"]]

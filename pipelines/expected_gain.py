@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.labelled_corpus import select_in_memory
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.proxy_trust import baseline_losses
@@ -101,5 +102,6 @@ def _baselines(run: Run, budget: int) -> dict[str, NDArray[Any]]:
     chosen = {}
     for name, (plugin, options) in baseline_selectors(run.scorers).items():
         selector = registry.create("selectors", plugin, options, f"baseline {name}")
-        chosen[name] = selector.select(run.table, run.normalised, budget, run.seed_for(f"baseline {name}"))
+        seed = run.seed_for(f"baseline {name}")
+        chosen[name] = select_in_memory(selector, run.table, run.normalised, budget, seed)
     return chosen

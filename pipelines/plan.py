@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from quadmix_plugin import registry
-from quadmix_plugin.config import Recipe
+from quadmix_plugin.config import Recipe, selector_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.models import load_tokenizer
+from quadmix_plugin.pipelines.compare import contestants_of, is_done
 from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe, trainer_options
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
@@ -42,16 +43,19 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
-    runs = (len(recipe.select.compare) + 1) * len(recipe.pretrain.seeds)
+    compared = list(recipe.compare.selectors)
+    runs = (len(compared) + 1) * len(recipe.pretrain.seeds)
     proxies, which = _proxies(recipe) if "proxies" in run.steps else (0, "none; select.theta is given")
     work = {
         "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
         "normalise": f"σ of {len(recipe.scorers)} scorers",
         "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
         "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
-        "select": f"θ* and {', '.join(recipe.select.compare)}",
-        "export": f"{len(recipe.select.compare) + 1} pairs of .bin/.idx",
-        "pretrain": f"{runs} models × {recipe.pretrain.tokens:,} tokens",
+        "select": "θ*" + (f" at {recipe.select.target_tokens:,} tokens" if recipe.select.target_tokens else ""),
+        "export": "tokens/train.bin and .idx",
+        "pretrain": f"{len(recipe.pretrain.seeds)} models × {recipe.pretrain.tokens:,} tokens",
+        "compare": f"{', '.join(compared) or 'nothing'}: {runs - len(recipe.pretrain.seeds)} models"
+        + _mixtures(recipe),
         "report": "report.html",
     }
     return {
@@ -80,8 +84,18 @@ def _proxies(recipe: Recipe) -> tuple[int, str]:
     return number, f"{number:,} ({', '.join(said)})"
 
 
+def _mixtures(recipe: Recipe) -> str:
+    """The proxies that selectors train, in words."""
+    made = {name: selector_plugin(name, given) for name, given in recipe.compare.selectors.items()}
+    selectors = {name: registry.create("selectors", plugin, options) for name, (plugin, options) in made.items()}
+    trained = [f"{each.proxies} proxies of {name}" for name, each in selectors.items() if hasattr(each, "proxies")]
+    return f", {', '.join(trained)}" if trained else ""
+
+
 def _state(run: Run, name: str) -> str:
     step = run.step(name)
+    if name == "compare" and step.is_done and not is_done(run, contestants_of(run)):
+        return "done for other selectors"
     if name == "report":
         return "done" if (run.directory.root / "report.html").exists() else "to do"
     if step.is_done:
@@ -166,5 +180,5 @@ def _vocabulary(recipe: Recipe) -> int:
 def _disk(recipe: Recipe, documents: int, tokens: int) -> float:
     """Labels, the pool, the selections (at most the window of each domain) and their token files."""
     labels = documents * (24 + 4 * len(recipe.scorers))
-    selected = min(1.0, recipe.space.omega_max) * tokens * 4.0 * (len(recipe.select.compare) + 1)
+    selected = min(1.0, recipe.space.omega_max) * tokens * 4.0 * (len(recipe.compare.selectors) + 1)
     return labels * 2 + tokens * 4.0 + selected

@@ -1,6 +1,7 @@
 """What can be known to be wrong before any work starts: checked whole, so that no run fails hours later."""
 
 from collections.abc import Sequence
+from glob import glob
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
@@ -48,10 +49,9 @@ def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> 
         frozen_normaliser(run)
     if "select" in todo:
         _check_given_parameters(run)
-    for options in recipe.select.compare.values() if "select" in todo else ():
-        if isinstance(path := options.get("theta"), str):
-            load_theta(path)
-    if {"proxies", "search", "pretrain"} & set(todo):
+    if "compare" in todo:
+        _check_files_of_selectors(run)
+    if {"proxies", "search", "pretrain", "compare"} & set(todo):
         rows = _validation_rows(run)
         for name in ("proxy", "pretrain"):
             context = _context(run, name)
@@ -64,6 +64,19 @@ def _check_labelling_models(run: Run, fetch: bool) -> None:
     for stage in label_stages(run):
         if isinstance(stage, DomainClassify | QualityScore):
             stage.check(fetch=fetch)
+
+
+def _check_files_of_selectors(run: Run) -> None:
+    """The files that compared selectors read; what else they need is known when the corpus is labelled."""
+    for name, options in run.recipe.compare.selectors.items():
+        for key in ("theta", "mixture", "target"):
+            path = options.get(key)
+            if isinstance(path, str) and "://" not in path and not glob(path):
+                raise RecipeError(
+                    f"compare.selectors.{name}.{key}: {path}: no such file; give one, or leave the key out"
+                )
+        if isinstance(path := options.get("theta"), str):
+            load_theta(path)
 
 
 def _check_given_parameters(run: Run) -> None:

@@ -53,7 +53,7 @@ def proxies(run: Run) -> None:
     run.require("normalise")
     token_constraint(run)  # an impossible budget is said before anything is trained
     require_first_round(run)
-    vocabulary, _ = write_validation(run, step)
+    vocabulary, _ = write_validation(run, step, "proxy", "proxies/validation.parquet")
     first = first_round(run)
     if run.recipe.search.rounds:
         keep_round(step, 0, lambda: first)

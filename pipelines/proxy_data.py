@@ -1,7 +1,7 @@
 """What proxies are trained and measured on: the token pool of the corpus and the validation rows as ids."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,24 +26,23 @@ POOL = "proxies/pool"
 _LOOKED_AT = 1 << 20  # ids of the pool, from the beginnings of its files
 
 
-def write_validation(run: Run, step: Step) -> tuple[int, int]:
-    """Tokenises the validation rows once, as ``<step>/validation.parquet``; returns vocabulary and end-of-document id.
+def write_validation(run: Run, step: Step, section: Literal["proxy", "pretrain"], path: str) -> tuple[int, int]:
+    """Tokenises the validation rows once, for the models of a section; returns vocabulary and end-of-document id.
 
     Raises:
         InputError: as ``read_rows`` and ``tokenise_rows``.
     """
-    recipe = run.recipe
     tokenizer, eod = _tokenizer(run)
-    if step.entry(f"{step.name}/validation.parquet") is None:
-        settings = getattr(recipe, "pretrain" if step.name == "pretrain" else "proxy")
-        context = registry.create("trainers", settings.trainer, settings.options, f"{step.name}.options").context
+    if step.entry(path) is None:
+        settings = getattr(run.recipe, section)
+        context = registry.create("trainers", settings.trainer, settings.options, f"{section}.options").context
         table = tokenised_rows(run, context)
         if cut := sum(table["truncated"].to_pylist()):
             logger.warning(
                 "validation: %d of %d rows are longer than the context of %d tokens and are cut, the beginning of the "
                 "prompt first", cut, table.num_rows, context,
             )  # fmt: skip
-        step.write_table(f"{step.name}/validation.parquet", table)
+        step.write_table(path, table)
     return vocabulary_of(tokenizer), eod
 
 
@@ -61,7 +60,7 @@ def _tokenizer(run: Run) -> tuple[Any, int]:
     return tokenizer, end_of_document(tokenizer, section.eod, section.model)
 
 
-def write_pool(run: Run, step: Step, below: float = 1.0) -> None:
+def write_pool(run: Run, step: Step, below: float = 1.0, folder: str = POOL) -> None:
     """Tokenises every document of the score table whose u is ``below``, once; one pair of token files per shard."""
     tokenizer, normalised = run.recipe.tokenizer, run.require("normalise")
     export = ExportTokens(
@@ -69,20 +68,20 @@ def write_pool(run: Run, step: Step, below: float = 1.0) -> None:
         tokenizer=tokenizer.model,
         revision=tokenizer.revision,
         eod=tokenizer.eod,
-        folder=POOL,
+        folder=folder,
         kept=normalised if (normalised.summary() or {}).get("dropped") else None,
         below=below,
         seed=run.recipe.seed,
     )
-    done = frozenset(shard for shard in run.label_shards if pair_entry(step, f"{POOL}/{shard}") is not None)
+    done = frozenset(shard for shard in run.label_shards if pair_entry(step, f"{folder}/{shard}") is not None)
     if len(done) < len(run.label_shards):
         run_over_documents(run, [export], done)
 
 
-def pool_prefixes(run: Run) -> list[str]:
-    """The pool's pairs in the order of the score table."""
-    step = run.step("proxies")
-    return [str(step.read_path(f"{POOL}/{shard}.idx").with_suffix("")) for shard in run.label_shards]
+def pool_prefixes(run: Run, step: Step | None = None, folder: str = POOL) -> list[str]:
+    """A pool's pairs in the order of the score table: by default that of the proxies."""
+    step = step or run.step("proxies")
+    return [str(step.read_path(f"{folder}/{shard}.idx").with_suffix("")) for shard in run.label_shards]
 
 
 def require_pool(run: Run, prefixes: list[str], vocabulary: int) -> None:

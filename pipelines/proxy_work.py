@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe
+from quadmix_plugin.labelled_corpus import select_in_memory
 from quadmix_plugin.parameters import sample_parameter_vectors
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.proxy.parts import BASELINE, DRAW, PROPOSAL, REPEAT
@@ -89,7 +90,8 @@ def write_baselines(run: Run, step: Step, selected_tokens: Callable[[], NDArray[
         copies = {}
         for name, (plugin, options) in baseline_selectors(run.scorers).items():
             selector = registry.create("selectors", plugin, options, f"baseline {name}")
-            copies[name] = selector.select(run.table, run.normalised, budget, run.seed_for(f"baseline {name}"))
+            seed = run.seed_for(f"baseline {name}")
+            copies[name] = select_in_memory(selector, run.table, run.normalised, budget, seed)
         step.write_table(BASELINES, baselines_table(copies), budget_tokens=budget)
     return str(step.read_path(BASELINES))
 

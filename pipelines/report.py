@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.pipelines.compare import CURVES, RESULTS, TABLE, losses_of, weights_of
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.provenance import provenance
 from quadmix_plugin.pipelines.search_figures import named_ways, search_drawings
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
 from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.report import (
-    LOSS_PREFIX,
     ReportData,
     ScoreHistogram,
     SearchOutcome,
@@ -43,7 +43,7 @@ def report(run: Run) -> None:
         provenance={key: value for key, value in provenance(run).items() if key != "steps"},
         warnings=_warnings(run, done),
         **_search(run, done),
-        **_pretrain(run, done),
+        **_models(run, done),
     )
     page = render(data)
     with atomic_path(run.directory.root / "report.html") as temporary:
@@ -51,16 +51,14 @@ def report(run: Run) -> None:
 
 
 def verdict(run: Run) -> Verdict | None:
-    """What the comparison shows, in words; None while ``pretrain`` or ``search`` has not run."""
-    if not (run.step("pretrain").is_done and run.step("search").is_done):
+    """What the comparison shows, in words; None while ``compare`` or ``search`` has not run."""
+    if not (run.step("compare").is_done and run.step("search").is_done):
         return None
-    weights = run.step("search").read_json("search/metrics.json")["optimum"]["objective_of"]["weights"]
-    losses: dict[str, dict[str, list[float]]] = {}
-    for row in run.step("pretrain").read_table("pretrain/results.parquet").to_pylist():
-        tasks = {name.removeprefix(LOSS_PREFIX): row[name] for name in row if name.startswith(LOSS_PREFIX)}
-        for measure, loss in {OBJECTIVE: weighted(tasks, weights), **tasks}.items():
-            losses.setdefault(row["selector"], {}).setdefault(measure, []).append(loss)
-    return judge(losses, QUADMIX)
+    weights, judged = weights_of(run), {}
+    for selector, losses in losses_of(run.step("compare").read_table(RESULTS)).items():
+        objective = weighted({task: np.asarray(each) for task, each in losses.items()}, weights)
+        judged[selector] = {OBJECTIVE: objective.tolist(), **losses}
+    return judge(judged, QUADMIX)
 
 
 def _steps(run: Run, done: set[str]) -> list[StepRows]:
@@ -206,14 +204,26 @@ def _methods(optimum: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _pretrain(run: Run, done: set[str]) -> dict[str, Any]:
+def _models(run: Run, done: set[str]) -> dict[str, Any]:
+    if "compare" in done:
+        step = run.step("compare")
+        content = step.read_json(f"{TABLE}.json")
+        shares = {name: facts["domain_tokens"] for name, facts in content["facts"].items()}
+        overlap = content["overlap"]
+        return {
+            "selections": [
+                SelectorShares(name, each, None if name == QUADMIX else overlap[name][QUADMIX])
+                for name, each in shares.items()
+            ],
+            "comparison": content["rows"],
+            "overlap": overlap,
+            "results": step.read_table(RESULTS),
+            "curves": step.read_table(CURVES),
+        }
     found: dict[str, Any] = {}
     if "select" in done:
-        selectors = run.step("select").read_json("selection/summary.json")["selectors"]
-        found["selections"] = [
-            SelectorShares(name, facts["domain_tokens"], None if name == QUADMIX else facts["overlap_with_quadmix"])
-            for name, facts in selectors.items()
-        ]
+        facts = run.step("select").read_json("selection/summary.json")["selection"]
+        found["selections"] = [SelectorShares(QUADMIX, facts["domain_tokens"])]
     if "pretrain" in done:
         found["results"] = run.step("pretrain").read_table("pretrain/results.parquet")
         found["curves"] = run.step("pretrain").read_table("pretrain/curves.parquet")
@@ -278,7 +288,7 @@ def _proxy_warnings(step: Step) -> list[str]:
 
 def _rank_warnings(run: Run) -> list[str]:
     """What the method of the ranks is expected to cost, where that is more than a percent of the selected tokens."""
-    facts = run.step("select").read_json("selection/summary.json")["quadmix"]
+    facts = run.step("select").read_json("selection/summary.json")["expected"]
     if facts["rank_error"] <= _RANK_ERROR:
         return []
     return [

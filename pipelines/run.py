@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from quadmix_plugin.errors import UsageError
+from quadmix_plugin.pipelines import compare
 from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
@@ -35,7 +36,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     seconds, was_done = {}, {}
     for name in steps:
         started = time.monotonic()
-        was_done[name] = name != "report" and run.step(name).is_done
+        was_done[name] = _is_done(run, name)
         step_function(name)(run)
         seconds[name] = round(time.monotonic() - started, 2)
     write_provenance(run)
@@ -47,6 +48,21 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
         "verdict": None if found is None else f"{found.headline} {found.numbers}".strip(),
         "report": str(run.directory.root / "report.html") if "report" in steps else None,
     }
+
+
+def _is_done(run: Run, name: str) -> bool:
+    if name == "compare" and run.step(name).is_done:  # it may have been of other selections
+        return compare.is_done(run, compare.contestants_of(run))
+    return name != "report" and run.step(name).is_done
+
+
+def run_comparison(run: Run) -> dict[str, Any]:
+    """Compares, after whatever step it still needs, and writes the report; returns what the command line prints."""
+    summary = run_steps(run)
+    step = run.step("compare")
+    path = step.read_path(f"{compare.TABLE}.md")
+    rows = step.read_json(f"{compare.TABLE}.json")["rows"]
+    return {**summary, "table": str(path), "markdown": path.read_text(encoding="utf-8"), "rows": rows}
 
 
 def run_ablation(run: Run, scorers: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # pyright: reportAttributeAccessIssue=false
 # pyarrow makes its compute functions at import; no checker sees them.
-"""Step 4: the selection under θ*, and the selections it is compared with, at the same budget of unique tokens."""
+"""Step 4: the selection under θ*, scaled to the token budget where the recipe has one."""
 
 import time
 from dataclasses import replace
@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 from nemo_curator.pipeline import Pipeline
 from numpy.typing import NDArray
 
-from quadmix_plugin import registry
 from quadmix_plugin.budget import expected_tokens, scale_to_budget
-from quadmix_plugin.config import scorer_plugin
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
@@ -44,7 +42,7 @@ _COLUMNS = [DOC_ID, COPIES, DOMAIN, TOKENS, MERGED_QUALITY, QUALITY_RANK, SAMPLI
 
 
 def select(run: Run) -> None:
-    """Writes ``selection/<shard>.parquet``, ``selection/baselines.parquet`` and ``selection/summary.json``.
+    """Writes ``selection/<shard>.parquet`` and ``selection/summary.json``.
 
     Raises:
         InputError: parameters of other domains or scorers, a budget out of reach, or an empty selection.
@@ -58,18 +56,15 @@ def select(run: Run) -> None:
     step.write_table("selection/rank_map.parquet", ranks.to_table())
     _sample(run, step, theta)
     totals = merge_counts(e.facts for e in step.entries() if "rows_in" in e.facts)
-    copies = {QUADMIX: selected_copies(run)}
-    if not copies[QUADMIX].any():
+    copies = selected_copies(run)
+    if not copies.any():
         raise InputError(
             "select: no document is selected; the best document of every domain exceeds its ω (widen space.omega_max, "
             "set rank.ties: mid, or merge small domains)"
         )
-    copies |= _baselines(run, int(run.table.tokens[copies[QUADMIX] > 0].sum()))
-    step.write_table("selection/baselines.parquet", _baseline_table(run.table, copies))
-    summary = _summary(run, copies)
-    expected = _expected(run, theta, ranks)
-    step.write_json("selection/summary.json", {"scaling": scaling, "quadmix": expected, "selectors": summary})
-    step.finish(**totals, seconds=round(time.monotonic() - started, 2), headline=_headline(summary[QUADMIX], scaling))
+    facts, expected = sizes(run.table, copies), _expected(run, theta, ranks)
+    step.write_json("selection/summary.json", {"scaling": scaling, "expected": expected, "selection": facts})
+    step.finish(**totals, seconds=round(time.monotonic() - started, 2), headline=_headline(facts, scaling))
 
 
 def selected_copies(run: Run) -> NDArray[np.int32]:
@@ -79,11 +74,19 @@ def selected_copies(run: Run) -> NDArray[np.int32]:
     return copies_by_row(run.table, pa.concat_tables(parts))
 
 
-def baseline_copies(run: Run) -> dict[str, NDArray[np.int32]]:
-    """The copies of every compared selection, rows as in ``run.table``."""
-    table = run.require("select").read_table("selection/baselines.parquet")
-    names = table["selector"].to_pandas().to_numpy()
-    return {name: copies_by_row(run.table, table.filter(pa.array(names == name))) for name in run.recipe.select.compare}
+def sizes(table: ScoreTable, copies: NDArray[np.int32]) -> dict[str, Any]:
+    """How large a selection is: documents, copies, tokens with and without copies, epochs, tokens of each domain."""
+    taken, tokens = copies > 0, table.tokens * copies
+    unique, by_domain = int(table.tokens[taken].sum()), np.zeros(len(table.domains), dtype=np.int64)
+    np.add.at(by_domain, table.domain_ids, tokens)
+    return {
+        "documents": int(taken.sum()),
+        "copies": int(copies.sum()),
+        "unique_tokens": unique,
+        "tokens": int(tokens.sum()),
+        "epochs": float(tokens.sum() / unique) if unique else 0.0,
+        "domain_tokens": dict(zip(table.domains, by_domain.tolist(), strict=True)),
+    }
 
 
 def copies_by_row(table: ScoreTable, selection: pa.Table) -> NDArray[np.int32]:
@@ -190,33 +193,6 @@ def _sample(run: Run, step: Step, theta: Parameters) -> None:
     Pipeline("select", stages=stages).run(run.executor, initial_tasks=shard_tasks(todo))
 
 
-def _baselines(run: Run, budget_tokens: int) -> dict[str, NDArray[np.int32]]:
-    chosen = {}
-    for name, given in run.recipe.select.compare.items():
-        plugin, options = scorer_plugin(name, given)
-        selector = registry.create("selectors", plugin, options, f"select.compare.{name}")
-        copies = np.asarray(selector.select(run.table, run.normalised, budget_tokens, run.seed_for(f"select.{name}")))
-        if copies.shape != (run.table.n,) or copies.dtype.kind not in "iu" or copies.min() < 0:
-            raise InputError(
-                f"select.compare.{name}: {plugin} returns {copies.dtype} {copies.shape} for {run.table.n} documents; a "
-                f"selector gives each a whole number of copies, so mend the plug-in"
-            )
-        chosen[name] = copies.astype(np.int32)
-    return chosen
-
-
-def _baseline_table(table: ScoreTable, copies: dict[str, NDArray[np.int32]]) -> pa.Table:
-    parts = []
-    for name, chosen in copies.items():
-        if name == QUADMIX:
-            continue
-        rows = np.flatnonzero(chosen)
-        ids = table.doc_ids.take(pa.array(rows))
-        parts.append(pa.table({"selector": pa.array([name] * rows.size), DOC_ID: ids, COPIES: chosen[rows]}))
-    schema = pa.schema([("selector", pa.string()), (DOC_ID, table.doc_ids.type), (COPIES, pa.int32())])
-    return pa.concat_tables(parts) if parts else schema.empty_table()
-
-
 def _expected(run: Run, theta: Parameters, ranks: RankMap) -> dict[str, Any]:
     """What was to be expected of the selection, and how far the rank method can have moved it."""
     tokens = run.summary.in_order(theta.domains, theta.scorers).tokens
@@ -233,23 +209,3 @@ def _expected(run: Run, theta: Parameters, ranks: RankMap) -> dict[str, Any]:
 def _headline(chosen: dict[str, Any], scaling: dict[str, Any] | None) -> str:
     text = f"{chosen['documents']:,} documents, {chosen['unique_tokens']:,} tokens, {chosen['tokens']:,} with copies"
     return text if scaling is None else f"{text}; every ω × {scaling['factor']:.4g} for {scaling['target_tokens']:,}"
-
-
-def _summary(run: Run, copies: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
-    table, quadmix = run.table, copies[QUADMIX] > 0
-    summary = {}
-    for name, chosen in copies.items():
-        taken = chosen > 0
-        own = int(table.tokens[taken].sum())
-        tokens = table.tokens * chosen
-        by_domain = np.bincount(table.domain_ids, weights=tokens, minlength=len(table.domains))
-        summary[name] = {
-            "documents": int(taken.sum()),
-            "copies": int(chosen.sum()),
-            "unique_tokens": own,
-            "tokens": int(tokens.sum()),
-            "epochs": float(tokens.sum() / own) if own else 0.0,
-            "domain_tokens": dict(zip(table.domains, by_domain.astype(int).tolist(), strict=True)),
-            "overlap_with_quadmix": int(table.tokens[taken & quadmix].sum()) / own if own else 0.0,
-        }
-    return summary

@@ -116,7 +116,7 @@ def run(
         typer.Option(
             "--until",
             metavar="STEP",
-            help="Stops after this step: label (with normalise), proxies, search, select, export, pretrain, report.",
+            help="Stops after: label (with normalise), proxies, search, select, export, pretrain, compare, report.",
         ),
     ] = None,
     executor: ExecutorName = None,
@@ -181,8 +181,32 @@ def search_command(
 
 _step_command("select", ("select",), "Draws the selection under θ*, and those it is compared with.")
 _step_command("export", ("export",), "Writes the selected documents as Megatron .bin/.idx.")
-_step_command("pretrain", ("pretrain",), "Trains the same model on each selection and compares them.")
+_step_command("pretrain", ("pretrain",), "Trains the recipe's model on the selection of θ*, once per seed.")
 _step_command("report", ("report",), "Writes report.html over what is there.")
+
+
+@app.command(rich_help_panel="Whole run")
+def compare(
+    recipe: RecipePath,
+    out: Out = None,
+    set_: Overrides = None,
+    executor: ExecutorName = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Every selector of the recipe at the same token budget, the same models trained on each, and one table.
+
+    Steps that it needs and that are not done are done first; a selector that is added later is all that runs then.
+    """
+    quiet_libraries(verbose)
+    from quadmix_plugin.pipelines.run import run_comparison
+
+    summary = _run_steps(recipe, out, set_, executor, as_json, run_comparison)
+    if not as_json:
+        from rich.markdown import Markdown
+
+        _stdout.print(Markdown(summary["markdown"]))
+        _stdout.print(f"table: {summary['table']} (and .csv, .json)", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel="Around a run")
@@ -331,7 +355,7 @@ def _run_steps(
     executor: str | None,
     as_json: bool,
     work: Callable[[Any], dict[str, Any]],
-) -> None:
+) -> dict[str, Any]:
     from quadmix_plugin.pipelines.context import open_run
 
     loaded = _load(recipe, overrides, executor)
@@ -339,13 +363,14 @@ def _run_steps(
     with show_progress(as_json) as progress, open_run(loaded, folder, progress=progress) as opened:
         summary = work(opened)
     if as_json:
-        print(json.dumps({"out": str(folder), **summary}))
-        return
+        print(json.dumps({"out": str(folder), **{key: value for key, value in summary.items() if key != "markdown"}}))
+        return summary
     for line in [*summary["headlines"], summary["verdict"]]:
         if line:
             _stdout.print(line, markup=False, highlight=False)
     if summary.get("report"):
         _stdout.print(f"report: {summary['report']}", markup=False)
+    return summary
 
 
 def _print_fit(metrics: dict[str, Any]) -> None:

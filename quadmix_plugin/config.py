@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.sections import (
+    Compare,
     Corpus,
     DomainSection,
     Executor,
@@ -52,6 +53,7 @@ class Recipe(Section):
     search: Search = Search()
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
+    compare: Compare = Compare()
     executor: Executor = Executor()
 
     @model_validator(mode="after")
@@ -125,9 +127,15 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 def scorer_plugin(name: str, options: Options) -> tuple[str, Options]:
-    """The plug-in behind an entry of ``scorers`` (or ``select.compare``) and its options."""
-    rest = {key: value for key, value in options.items() if key not in ("scorer", "selector")}
-    return str(options.get("scorer", options.get("selector", name))), rest
+    """The plug-in behind an entry of ``scorers`` and its options."""
+    rest = {key: value for key, value in options.items() if key != "scorer"}
+    return str(options.get("scorer", name)), rest
+
+
+def selector_plugin(name: str, options: Options) -> tuple[str, Options]:
+    """The plug-in behind an entry of ``compare.selectors`` and its options, ``times`` apart."""
+    rest = {key: value for key, value in options.items() if key not in ("selector", "times")}
+    return str(options.get("selector", name)), rest
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -187,10 +195,10 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta")):
         if content[section][key]:
             content[section][key] = absolute(content[section][key])
-    for options in content["select"]["compare"].values():
-        if options.get("theta"):
-            options["theta"] = absolute(options["theta"])
-    for options in (content["tokenizer"], content["domain"], *content["scorers"].values()):
+    selectors = content["compare"]["selectors"].values()
+    for options in selectors:
+        options |= {key: absolute(options[key]) for key in ("theta", "mixture", "target") if options.get(key)}
+    for options in (content["tokenizer"], content["domain"], *content["scorers"].values(), *selectors):
         if options.get("model"):
             options["model"] = model(options["model"])
     return Recipe.model_validate(content)
@@ -203,15 +211,18 @@ def _check_plugins(recipe: Recipe, path: Path) -> None:
     for name, given in recipe.scorers.items():
         plugin, rest = scorer_plugin(name, given)
         registry.create("scorers", plugin, rest, f"{path}: scorers.{name}")
-    for name, given in recipe.select.compare.items():
-        plugin, rest = scorer_plugin(name, given)
-        registry.create("selectors", plugin, rest, f"{path}: select.compare.{name}")
-        scorer = rest.get("scorer_name")
-        if scorer is not None and scorer not in recipe.scorers:
-            raise RecipeError(
-                f"{path}: select.compare.{name}.scorer_name: {scorer!r} is not among scorers "
-                f"({', '.join(recipe.scorers)})"
-            )
+    for name, given in recipe.compare.selectors.items():
+        plugin, rest = selector_plugin(name, given)
+        registry.create("selectors", plugin, rest, f"{path}: compare.selectors.{name}")
+        for key in ("scorer_name", "scorer_names", "exclude_scorers", "quality"):
+            named = rest.get(key) or []
+            if unknown := [
+                each for each in ([named] if isinstance(named, str) else named) if each not in recipe.scorers
+            ]:
+                raise RecipeError(
+                    f"{path}: compare.selectors.{name}.{key}: {unknown[0]!r} is not among scorers "
+                    f"({', '.join(recipe.scorers)})"
+                )
     registry.create("regressors", recipe.search.regressor, recipe.search.options, f"{path}: search.options")
     for name in recipe.search.compared:
         registry.load("regressors", name, f"{path}: search.compared")

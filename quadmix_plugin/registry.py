@@ -25,7 +25,7 @@ GROUPS = {
 _MEMBERS = {
     "scorers": ("higher_is_better", "setup", "score"),
     "domain_classifiers": ("setup", "classify"),
-    "selectors": ("select",),
+    "selectors": ("fit",),
     "regressors": ("fit", "predict", "to_text"),
     "trainers": ("context", "train"),
 }

@@ -60,9 +60,9 @@ class SearchOutcome:
 
 @dataclass(frozen=True)
 class SelectorShares:
-    """One selector's selection: tokens with copies per domain, and what it shares with the selection of θ*.
+    """One selector's selection: tokens with copies per domain, and its overlap with the selection of θ*.
 
-    ``shared``: unique tokens in both / unique tokens of this selector, in [0, 1]; not the overlap of ``gate``.
+    ``shared``: tokens of documents in both / in either, in [0, 1].
     """
 
     selector: str
@@ -113,6 +113,10 @@ class ReportData:
     with θ*, in [0, 1])."""
     results: pa.Table | None = None
     selections: Sequence[SelectorShares] | None = None
+    comparison: Sequence[Mapping[str, Any]] = ()
+    """Rows of ``comparison.comparison_rows``."""
+    overlap: Mapping[str, Mapping[str, float]] | None = None
+    """Token-weighted Jaccard of every two selections, in [0, 1]."""
     curves: pa.Table | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Versions, hashes, seeds, hardware, seconds per step; values may be mappings of their own."""

@@ -227,26 +227,16 @@ class Search(Section):
 
 
 class Select(Section):
-    """The selection under θ* and the methods it is compared with."""
+    """The selection under θ*."""
 
     target_tokens: int | None = Field(default=None, ge=1)
     """Scales every ω by one factor to reach this many tokens; None leaves θ* as it is."""
     theta: str | None = None
     """A theta.json to use in place of this run's own search."""
-    compare: dict[Name, Options] = Field(default_factory=lambda: {"random": {}})
-    """Other selections at the same budget of unique tokens: a name and the options of its ``selector``."""
-
-    @field_validator("compare")
-    @classmethod
-    def _free_names(cls, value: dict[str, Options]) -> dict[str, Options]:
-        for name in ("quadmix", "train"):
-            if name in value:
-                raise ValueError(f"{name!r} stands for the selection of θ* itself; choose another name")
-        return value
 
 
 class Pretrain(Section):
-    """The models trained on each selection, for the comparison."""
+    """The models trained on θ*'s selection, one per seed, and in a comparison on every other."""
 
     tokens: int = Field(default=500_000_000_000, ge=1)
     seeds: list[Seed] = Field(default_factory=lambda: [1, 2], min_length=2)
@@ -258,6 +248,26 @@ class Pretrain(Section):
     def _distinct(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
             raise ValueError("a seed is given twice; each names a model of its own")
+        return value
+
+
+class Compare(Section):
+    """Selections by other methods beside that of θ*, at one budget, and the same models trained on each."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """The budget of every selection, copies counted; None: as many as θ*'s selection has."""
+    selectors: dict[Name, Options] = Field(default_factory=lambda: {"random": {}})
+    """A name → the options of its ``selector``, and ``times``, a factor on the budget."""
+
+    @field_validator("selectors")
+    @classmethod
+    def _free_names(cls, value: dict[str, Options]) -> dict[str, Options]:
+        if "quadmix" in value:
+            raise ValueError("'quadmix' stands for the selection of θ* itself; choose another name")
+        for name, options in value.items():
+            times = options.get("times", 1)
+            if isinstance(times, bool) or not isinstance(times, int | float) or not 0 < times < float("inf"):
+                raise ValueError(f"{name}.times: {times!r}; give a factor on the budget, a number above 0")
         return value
 
 

@@ -168,10 +168,10 @@ def write_selection(
     copies: NDArray[np.int32],
     seed: int,
     step: Step,
-    name: str,
+    prefix: str,
     vocabulary: int,
 ) -> dict[str, Any]:
-    """Gathers documents × copies out of token files into ``tokens/<name>.bin`` and ``.idx``; returns the facts.
+    """Gathers documents × copies out of token files into ``<prefix>.bin`` and ``.idx``; returns the facts.
 
     ``parts`` are prefixes of pairs; ``doc_ids`` and ``copies`` [n] are in the order of their documents. The order is
     a shuffle by the hash of (id, number of the copy, seed), with copies of one document apart wherever that is
@@ -180,7 +180,6 @@ def write_selection(
     Raises:
         InputError: nothing selected, or lengths that differ.
     """
-    prefix = f"tokens/{name}"
     if (facts := pair_entry(step, prefix)) is not None:
         return facts
     pool = TokenPool.open(parts)

@@ -23,11 +23,11 @@ from quadmix_plugin.store import Step
 
 @dataclass
 class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Trains on one token file per row and writes ``pretrain/parts/<selector>-<seed>.json``.
+    """Trains on one token file per row and writes its results.
 
-    The model goes to ``pretrain/models/<selector>-<seed>/`` in Hugging Face's Llama format. A row has ``selector``,
-    ``seed`` (initial weights and order of the data), ``prefix`` (path without ``.bin``) and
-    ``unique_tokens``.
+    A row has ``selector``, ``seed`` (initial weights and order of the data), ``prefix`` (path without ``.bin``),
+    ``unique_tokens``, ``part`` (the artifact of the results) and ``model`` (folder of the model in Hugging Face's Llama
+    format).
 
     Args:
         step: where the results are entered.
@@ -54,7 +54,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def inputs(self) -> tuple[list[str], list[str]]:
         """The work: which selection, and the seed."""
-        return ["data"], ["selector", "seed", "prefix", "unique_tokens"]
+        return ["data"], ["selector", "seed", "prefix", "unique_tokens", "part", "model"]
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """Selection and seed; ``loss_<task>`` and facts beside them."""
@@ -71,7 +71,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
         )
 
     def _row(self, work: dict[str, Any]) -> dict[str, Any]:
-        path = pretrain_part_path(work["selector"], work["seed"])
+        path = work["part"]
         if self.step.entry(path) is None:
             self.step.write_json(path, self._train(work))
         return flat_row(self.step.read_json(path))
@@ -85,7 +85,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
         pieces = cut_pieces(pool, None, None, trainer.context, self.tokens, work["seed"], trainer.batch_size)
         sets = load_validation_sets(self.validation, "report")
         result = trainer.train(pieces, sets, seed=work["seed"], vocabulary=self.vocabulary)
-        folder = f"pretrain/models/{work['selector']}-{work['seed']}"
+        folder = work["model"]
         with self.step.writing(f"{folder}/model.safetensors", f"{folder}/config.json") as (weights, config):
             save_weights(result.model, weights, config, self.eod)
         return {
@@ -99,13 +99,8 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
         }
 
 
-def pretrain_part_path(selector: str, seed: int) -> str:
-    """The artifact of one trained model."""
-    return f"pretrain/parts/{selector}-{seed}.json"
-
-
 def pretrain_tasks(work: pa.Table) -> list[DocumentBatch]:
-    """One task per row of ``selector``, ``seed``, ``prefix``, ``unique_tokens``."""
+    """One task per row of work."""
     names = [f"{row['selector']}-{row['seed']}" for row in work.select(["selector", "seed"]).to_pylist()]
     return [
         DocumentBatch(dataset_name=name, data=work.slice(i, 1), _metadata={"shard": name})

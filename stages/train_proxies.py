@@ -24,7 +24,7 @@ from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.proxy.attempts import Attempts
 from quadmix_plugin.proxy.fidelity import HalvingRule
-from quadmix_plugin.proxy.parts import BASELINE, DRAW, flat_row, measured, part_path, to_do
+from quadmix_plugin.proxy.parts import BASELINE, DRAW, MIXTURE, PARTS, flat_row, measured, part_path, to_do
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import (
@@ -45,10 +45,11 @@ _TRIES = 2
 
 @dataclass
 class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Trains one proxy per row of work and writes ``proxies/parts/<proxy>.json``.
+    """Trains one proxy per row of work and writes ``<parts><proxy>.json``.
 
     A row has ``proxy``, ``kind`` (of ``proxy.parts``), ``seed``, ``stream`` (of independent draws) and ``theta``. In
-    one of the kind ``baseline`` θ is null, and ``selection`` names the baseline.
+    one of the kind ``baseline`` θ is null, and ``selection`` names the baseline; in one of the kind ``mixture`` it is
+    how often a document of each domain is expected.
 
     All proxies share the draw of copies, unless ``draws`` says otherwise, and the initial weights (``weights_seed``);
     the row's seed orders the data. Passes on one row per proxy with its losses.
@@ -69,6 +70,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         halving: which proxies of the kind ``draw`` are stopped there (``HalvingRule.to_dict``); None: none.
         session: names this command; what others had begun does not count as an attempt.
         per_gpu: how many proxies train on a GPU at once, each in a process of its own.
+        parts: beginning of the artifacts' names.
     """
 
     step: Step
@@ -87,6 +89,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
     halving: dict[str, Any] | None = None
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     per_gpu: int = 1
+    parts: str = PARTS
     name: str = "train_proxies"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
     batch_size: int = 1
@@ -130,7 +133,7 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         )
 
     def _row(self, work: dict[str, Any]) -> dict[str, Any]:
-        path = part_path(work["proxy"])
+        path = part_path(work["proxy"], self.parts)
         if to_do(self.step, path, self.session):
             identity = {key: work[key] for key in ("proxy", "kind", "seed")}
             self.step.write_json(path, {**identity, **self._tried(work)})
@@ -190,6 +193,8 @@ class TrainProxies(ProcessingStage[DocumentBatch, DocumentBatch]):
         """The copies of every document of the table that a row of work is trained on [n]."""
         assert self._data is not None  # noqa: S101 - set in setup
         selection = self._data.selection
+        if work["kind"] == MIXTURE:
+            return selection.of_domains(work["theta"])
         if work["kind"] != BASELINE:
             return selection.copies(selection.parameters(work["theta"]), work["stream"])
         return selection.of_baseline(read_baseline(str(self.baselines), work[SELECTION], selection.table.tokens.size))

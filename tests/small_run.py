@@ -36,12 +36,12 @@ def write_small_recipe(folder: Path, **sections: dict) -> Path:
             "regressor": "gp",
             "compared": ["gp", "lightgbm"],
         },
-        "select": {"compare": {"random": {}, "top-edu": {"selector": "top_k", "scorer_name": "fineweb-edu"}}},
         "pretrain": {"tokens": 12_000, "seeds": [1, 2]},
+        "compare": {"selectors": {"random": {}, "top-edu": {"selector": "top_k", "scorer_name": "fineweb-edu"}}},
         "executor": {"name": "inline"},
     }
     for name, section in sections.items():
-        recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section  # type: ignore[dict-item]
+        recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section  # type: ignore[dict-item]
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

@@ -65,7 +65,7 @@ def test_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"executor__name": "spark"}, "executor.name: input should be 'inline', 'dask', 'ray_data' or 'xenna'"),
         ({"select__compare": {"x": {"selector": "top_k", "scorer_name": "edu"}}}, "scorer_name: 'edu' is not among"),
         ({"name": ".."}, "name: string should match pattern"),
-        ({"select__compare": {".x": {"selector": "random"}}}, "select.compare"),
+        ({"compare__selectors": {".x": {"selector": "random"}}}, "compare.selectors"),
         ({"pretrain__seeds": [1, 1]}, "pretrain.seeds: a seed is given twice"),
         ({"pretrain__seeds": [-1, 1]}, "pretrain.seeds.0: input should be greater than or equal to 0; found -1"),
         ({"seed": 1 << 64}, "seed: input should be less than"),

@@ -120,7 +120,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["corpus"]["documents_per_shard"] = 60
     content["domain"] = {"classifier": "column", "column": "true_domain"}
     content["scorers"] = {"stop-words": OPTIONS, "pronouns": {"scorer": "stop-words", **PRONOUNS}}
-    content["select"] = {"compare": {"prose": {"selector": "top_k", "scorer_name": "stop-words"}}}
+    content["compare"] = {"selectors": {"prose": {"selector": "top_k", "scorer_name": "stop-words"}}}
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 

@@ -132,7 +132,7 @@ def test_a_selection_holds_each_document_as_often_as_it_has_copies(step, corpus)
     parts = [step.root / f"proxies/pool/part-{i}" for i in range(3)]
     copies = (np.arange(90) % 4).astype(np.int32)
     ids = corpus["doc_id"].combine_chunks()
-    facts = write_selection(parts, ids, copies, 5, step, "train", 4096)
+    facts = write_selection(parts, ids, copies, 5, step, "tokens/train", 4096)
     pool = [tuple(document) for i in range(3) for document in read(step, f"proxies/pool/part-{i}")]
     found = [tuple(document) for document in read(step, "tokens/train")]
     assert sorted(found) == sorted(document for document, n in zip(pool, copies, strict=True) for _ in range(n))
@@ -141,9 +141,9 @@ def test_a_selection_holds_each_document_as_often_as_it_has_copies(step, corpus)
     assert facts["unique_tokens"] == sum(len(d) for d, n in zip(pool, copies, strict=True) if n)
     assert all(a != b for a, b in itertools.pairwise(found))
     with pytest.raises(InputError, match="no document"):
-        write_selection(parts, ids, np.zeros(90, dtype=np.int32), 5, step, "none", 4096)
+        write_selection(parts, ids, np.zeros(90, dtype=np.int32), 5, step, "tokens/none", 4096)
     with pytest.raises(InputError, match="one run"):
-        write_selection(parts[:2], ids, copies, 5, step, "short", 4096)
+        write_selection(parts[:2], ids, copies, 5, step, "tokens/short", 4096)
 
 
 @settings(max_examples=200, deadline=None)

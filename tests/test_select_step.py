@@ -45,7 +45,8 @@ def _recipe(folder: Path, documents: pa.Table, **sections) -> Path:
     recipe["domain"] = {"classifier": "column", "column": "domain"}
     recipe["scorers"] = {name: {"scorer": "column", "column": name} for name in THETA.scorers}
     recipe["rank"] = {"merge_small_domains": 0}
-    recipe["select"] = {"theta": "theta.json", "compare": {"random": {}}}
+    recipe["select"] = {"theta": "theta.json"}
+    recipe["compare"] = {"selectors": {"random": {}}}
     for name, section in sections.items():
         recipe[name] = {**recipe.get(name, {}), **section}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -76,10 +77,10 @@ def test_the_step_selects_what_the_pure_function_says(tmp_path: Path, method: st
     wanted = {i: c for i, c in zip(table.doc_ids.to_pylist(), copies.tolist(), strict=True) if c}
     assert dict(zip(selection["doc_id"].to_pylist(), selection["copies"].to_pylist(), strict=True)) == wanted
     assert len(wanted) > 50
-    facts = summary["quadmix"]
+    facts = summary["expected"]
     assert facts["rank_method"] == method
     assert (facts["rank_error"] > 0.02) == (method == "subset")
-    realised = summary["selectors"]["quadmix"]
+    realised = summary["selection"]
     assert realised["tokens"] == int((table.tokens * copies).sum())
     assert realised["epochs"] == pytest.approx(realised["tokens"] / realised["unique_tokens"])
     assert abs(realised["tokens"] - facts["expected_tokens"]) < 0.15 * realised["tokens"]
@@ -90,10 +91,10 @@ def test_a_budget_is_met_in_expectation_and_reported(tmp_path: Path, method: str
     target = 4000
     recipe = _recipe(tmp_path, _corpus(), rank={"method": method}, select={"target_tokens": target})
     run, _, summary = _run(recipe, tmp_path / "out")
-    scaling, realised = summary["scaling"], summary["selectors"]["quadmix"]
+    scaling, realised = summary["scaling"], summary["selection"]
     assert scaling["target_tokens"] == target
     assert scaling["expected_tokens"] == pytest.approx(target, abs=60)  # a document at most
-    assert summary["quadmix"]["expected_tokens"] == pytest.approx(scaling["expected_tokens"])
+    assert summary["expected"]["expected_tokens"] == pytest.approx(scaling["expected_tokens"])
     assert abs(realised["tokens"] - target) < 0.1 * target
     used = Parameters.from_dict(run.step("select").read_json("selection/theta.json"))
     np.testing.assert_allclose(used.omega, np.minimum(THETA.omega * scaling["factor"], 1))
@@ -168,7 +169,7 @@ def test_a_thinned_pool_holds_what_proxies_draw_and_keeps_their_law(tmp_path: Pa
             )  # fmt: skip
             assert not copies[~in_pool].any()
             assert row["selected_tokens"] == int(((table.tokens + 1) * copies).sum())
-        chosen = run.step("select").read_json("selection/summary.json")["selectors"]["quadmix"]
+        chosen = run.step("select").read_json("selection/summary.json")["selection"]
         assert len(TokenFile.open(tmp_path / "out" / "tokens" / "train").lengths) == chosen["copies"]
 
 

@@ -28,7 +28,7 @@ from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.selection import ProxyTable
 from quadmix_plugin.proxy.trainer import TorchTrainer
 from quadmix_plugin.proxy.validation import Row, choose_rows, evaluate, read_rows, tokenise_rows, validation_sets
-from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_part_path, pretrain_tasks
+from quadmix_plugin.stages.pretrain_selections import PretrainSelections, pretrain_tasks
 from quadmix_plugin.stages.train_proxies import TrainProxies, proxy_tasks
 from quadmix_plugin.store import RunDirectory
 
@@ -319,12 +319,12 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
 
     step = work[0].step
     stage = PretrainSelections(step, work[0].validation, 8000, 4096, 0, options=TINY)
-    rows = pa.table({"selector": ["random"], "seed": [1], "prefix": [pool_prefix], "unique_tokens": [10]})
-    found = stage.process(pretrain_tasks(rows)[0]).data.to_pylist()[0]
-    _, curves, failures = merge_parts(step, [pretrain_part_path("random", 1)], ["selector", "seed"])
+    row = {"selector": "random", "seed": 1, "prefix": pool_prefix, "unique_tokens": 10, "part": "a/1.json", "model": "a/m"}
+    found = stage.process(pretrain_tasks(pa.Table.from_pylist([row]))[0]).data.to_pylist()[0]
+    _, curves, failures = merge_parts(step, ["a/1.json"], ["selector", "seed"])
     assert not failures
     assert {"selector", "seed", "step", "share", "tokens_seen", "train_loss", "loss_mmlu"} <= set(curves.column_names)
-    folder = step.root / "pretrain/models/random-1"
+    folder = step.root / "a/m"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in loaded.parameters()) > 100_000
     model = Decoder(TorchTrainer(**TINY).model_shape(4096))

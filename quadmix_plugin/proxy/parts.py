@@ -14,16 +14,16 @@ from quadmix_plugin.store import Step
 
 LOSS_PREFIX, BITS_PREFIX = "loss_", "bpb_"
 PARTS = "proxies/parts/"
-DRAW, PROPOSAL, REPEAT, BASELINE = "draw", "proposal", "repeat", "baseline"
-"""Kinds of proxies: of a θ as drawn, of one that a fit proposed, of a drawn one once more under another seed, and of
-a selection without θ."""
+DRAW, PROPOSAL, REPEAT, BASELINE, MIXTURE = "draw", "proposal", "repeat", "baseline", "mixture"
+"""Kinds of proxies: of a θ as drawn, of one that a fit proposed, of a drawn one once more under another seed, of a
+selection without θ, and of random documents in given shares of the domains."""
 
 _NATS_PER_BIT = float(np.log(2.0))
 
 
-def part_path(proxy: int) -> str:
+def part_path(proxy: int, parts: str = PARTS) -> str:
     """The artifact of one proxy."""
-    return f"{PARTS}{int(proxy):06d}.json"
+    return f"{parts}{int(proxy):06d}.json"
 
 
 def measured(result: TrainResult, sets: Sequence[ValidationSet]) -> dict[str, Any]:

@@ -153,6 +153,11 @@ class ProxySelection:
         """Copies of every document [n]; ``stream`` tells proxies apart where draws are independent."""
         return self._repeated(self._drawn(theta, stream if self._draws.independent else 0))
 
+    def of_domains(self, expected: list[float]) -> NDArray[np.int32]:
+        """Copies of every document [n] of which so many are expected in its domain [M]."""
+        value = np.asarray(expected, dtype=np.float64)[self.table.domain_ids]
+        return draw_copies(value, self.table.doc_ids, self._draws.seed)
+
     def of_baseline(self, copies: NDArray[np.int32]) -> NDArray[np.int32]:
         """What a proxy trains on of a baseline's ``copies`` [n], as if they were the S of a θ.
 

@@ -1,0 +1,156 @@
+"""The table of a comparison: what every selection is, what models trained on it lose, and which differences are noise.
+
+Pure functions over numbers; ``pipelines.compare`` makes the numbers.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quadmix_plugin.search.gain import weighted
+from quadmix_plugin.verdict import OBJECTIVE, compare
+
+_SIGMAS = 3.0
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A selection and what models trained on it lose.
+
+    ``facts``: plugin, budget_tokens, documents, copies, tokens, unique_tokens, epochs, domain_tokens; where copies are
+    drawn also expected_tokens and sd_tokens. ``losses``: task → one per seed. ``overlap``: token-weighted Jaccard with
+    the selection of θ*.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    losses: Mapping[str, Sequence[float]]
+    overlap: float
+
+
+def comparison_rows(
+    selected: Sequence[Selected], weights: Mapping[str, float], trained_tokens: int, largest: int
+) -> Rows:
+    """One row per selection: sizes, and of the objective and every task mean, sd, and how it stands to the best.
+
+    ``weights`` of the tasks in the objective, the weighted mean loss; empty: all equally. ``trained_tokens`` of each
+    model; ``largest``: tokens of the longest document. A measure's standing is "best", "near-tie", "unclear" or
+    "worse", as ``verdict.compare`` judges it against the best; "unknown" without two seeds.
+    """
+    measures = {each.name: _measures(each.losses, weights) for each in selected}
+    tasks = list(dict.fromkeys(task for each in selected for task in measures[each.name]))
+    best = {task: min(selected, key=lambda each: float(np.mean(measures[each.name][task]))).name for task in tasks}
+    rows = []
+    for each in selected:
+        facts = each.facts
+        row: dict[str, Any] = {"selector": each.name, "method": facts["plugin"], "seeds": len(each.losses[tasks[-1]])}
+        for task in tasks:
+            losses, rivals = measures[each.name][task], measures[best[task]][task]
+            standing = "best" if best[task] == each.name else compare(rivals, losses).outcome
+            sd = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+            row[task] = float(np.mean(losses))
+            row[f"{task} sd"] = sd
+            row[f"{task} standing"] = {"better": "worse"}.get(standing, standing)
+        row |= {name: facts[name] for name in ("documents", "copies", "tokens", "unique_tokens")}
+        row["copies per document"] = facts["epochs"]
+        row["training epochs"] = trained_tokens / facts["tokens"]
+        row["overlap with quadmix"] = each.overlap
+        row["budget"] = facts.get("budget_tokens")
+        row["budget met"] = budget_met(facts, largest)
+        rows.append(row)
+    return rows
+
+
+def _measures(losses: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> dict[str, list[float]]:
+    chosen = {task: weight for task, weight in weights.items() if weight > 0} or dict.fromkeys(losses, 1.0)
+    mean = weighted({task: np.asarray(each, dtype=np.float64) for task, each in losses.items()}, chosen)
+    return {OBJECTIVE: np.atleast_1d(mean).tolist(), **{task: list(each) for task, each in losses.items()}}
+
+
+def budget_met(facts: Mapping[str, Any], largest: int) -> str:
+    """How near a selection comes to its budget, in words."""
+    budget, tokens = facts.get("budget_tokens"), facts["tokens"]
+    expected, sd = facts.get("expected_tokens"), facts.get("sd_tokens")
+    if budget is None:
+        return "sets the budget"
+    off = f"{tokens - budget:+,} tokens"
+    if expected is None:
+        return (
+            f"{off}, within one document" if abs(tokens - budget) <= largest else f"{off}, within one document a group"
+        )
+    if sd is None or sd <= 0:
+        return f"{off}; {expected - budget:+,.0f} in expectation"
+    sigmas = abs(tokens - budget) / sd
+    return f"{off}, {sigmas:.1f}σ of its draws" + ("" if sigmas <= _SIGMAS else f": beyond {_SIGMAS:g}σ")
+
+
+def to_markdown(rows: Rows, facts: Mapping[str, Mapping[str, Any]], overlap: Mapping[str, Mapping[str, float]]) -> str:
+    """Losses, sizes, overlaps and domain shares as Markdown tables, the lowest objective first."""
+    ordered = sorted(rows, key=lambda row: (np.isnan(row[OBJECTIVE]), row[OBJECTIVE]))
+    names = [row["selector"] for row in ordered]
+    tasks = [name.removesuffix(" standing") for name in rows[0] if name.endswith(" standing")]
+    losses = [[_code(row["selector"]), row["method"], *(_loss(row, task) for task in tasks)] for row in ordered]
+    sizes = [
+        [
+            _code(row["selector"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['unique_tokens']:,}",
+            f"{row['copies per document']:.2f}", f"{row['training epochs']:.2f}", row["budget met"],
+        ]
+        for row in ordered
+    ]  # fmt: skip
+    overlaps = [[_code(a), *(f"{100 * overlap[a][b]:.0f}" for b in names)] for a in names]
+    domains = list(facts[names[0]]["domain_tokens"])
+    shares = [[domain, *(f"{100 * _share(facts[name], domain):.1f}" for name in names)] for domain in domains]
+    return "\n\n".join(
+        [
+            _markdown(["selection", "method", *(f"{task} loss" for task in tasks)], losses),
+            "Loss in nats per token, mean ± standard deviation over "
+            f"{rows[0]['seeds']} seeds; lower is better. **Bold**: lowest mean. ≈: a near-tie with it (less than one pooled "
+            "standard deviation). ?: not settled by these seeds. Others are worse, outside the noise.",
+            _markdown(
+                ["selection", "documents", "tokens", "unique tokens", "copies each", "training epochs", "budget"],
+                sizes,
+            ),
+            "Overlap, percent: tokens of documents in both as a share of those in either.",
+            _markdown(["selection", *map(_code, names)], overlaps),
+            "Share of the selected tokens with copies, percent.",
+            _markdown(["domain", *map(_code, names)], shares),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def to_csv(rows: Rows, facts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows as CSV, with a column ``share <domain>`` for each domain."""
+    full = [
+        {**row, **{f"share {d}": _share(facts[row["selector"]], d) for d in facts[row["selector"]]["domain_tokens"]}}
+        for row in rows
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(full[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(full)
+    return text.getvalue()
+
+
+def _share(facts: Mapping[str, Any], domain: str) -> float:
+    return facts["domain_tokens"].get(domain, 0) / max(facts["tokens"], 1)
+
+
+def _loss(row: Mapping[str, Any], task: str) -> str:
+    sd, standing = row[f"{task} sd"], row[f"{task} standing"]
+    text = f"{row[task]:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+    return {"best": f"**{text}**", "near-tie": f"{text} ≈", "unclear": f"{text} ?"}.get(standing, text)
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
