@@ -63,7 +63,12 @@ def test_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"space__lam_max": 0.5}, "space: lam_max 0.5 is below lam_min 1.0"),
         ({"name": "../x"}, "name: string should match pattern"),
         ({"executor__name": "spark"}, "executor.name: input should be 'inline', 'dask', 'ray_data' or 'xenna'"),
-        ({"select__compare": {"x": {"selector": "top_k", "scorer_name": "edu"}}}, "scorer_name: 'edu' is not among"),
+        (
+            {"compare__selectors": {"x": {"selector": "top_k", "scorer_name": "edu"}}},
+            "compare.selectors.x.scorer_name: 'edu' is not among",
+        ),
+        ({"compare__selectors": {"x": {"selector": "random", "times": 0}}}, "x.times: 0; give a factor on the budget"),
+        ({"compare__selectors": {"quadmix": {}}}, "'quadmix' stands for the selection of θ* itself"),
         ({"name": ".."}, "name: string should match pattern"),
         ({"compare__selectors": {".x": {"selector": "random"}}}, "compare.selectors"),
         ({"pretrain__seeds": [1, 1]}, "pretrain.seeds: a seed is given twice"),

@@ -302,7 +302,7 @@ def test_every_built_in_loads_through_its_entry_point(group: str, name: str) -> 
     methods = {
         "scorers": ("setup", "score"),
         "domain_classifiers": ("setup", "classify"),
-        "selectors": ("select",),
+        "selectors": ("fit",),
         "regressors": ("fit", "predict", "to_text"),
         "trainers": (),
     }[group]

@@ -19,7 +19,7 @@ from small_run import MODELS, write_small_recipe
 from tokenizers import Tokenizer
 
 from quadmix_plugin.config import load_recipe
-from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.pipelines.context import STEPS, Run, open_run
 from quadmix_plugin.pipelines.label import label
 from quadmix_plugin.pipelines.normalise import normalise
@@ -27,7 +27,6 @@ from quadmix_plugin.pipelines.proxies import _finish
 from quadmix_plugin.pipelines.proxy_data import pool_prefixes, write_pool
 from quadmix_plugin.pipelines.run import run_steps
 from quadmix_plugin.pipelines.search import search
-from quadmix_plugin.pipelines.select import _baselines
 from quadmix_plugin.proxy.parts import part_path
 from quadmix_plugin.store import RunDirectory
 
@@ -66,7 +65,8 @@ def test_run_leaves_every_artifact_and_verifies(finished: Path) -> None:
         "proxies/noise.json search/theta.json search/metrics.json search/predictions.parquet search/regressor.txt "
         "selection/theta.json selection/rank_map.parquet selection/summary.json "
         "tokens/train.bin tokens/train.idx pretrain/results.parquet pretrain/curves.parquet "
-        "compare/results.parquet compare/curves.parquet compare/comparison.md compare/comparison.csv compare/comparison.json"
+        "compare/results.parquet compare/curves.parquet "
+        "compare/comparison.md compare/comparison.csv compare/comparison.json"
     )
     assert [name for name in names.split() if not (finished / name).is_file()] == []
     checked, faults = RunDirectory(finished).verify()
@@ -216,7 +216,7 @@ def _columns_recipe(folder: Path, corpus: str) -> Path:
     recipe = write_small_recipe(folder, corpus={"path": corpus, "documents_per_shard": 40})
     scorers = {"length": {"scorer": "column", "column": "tokens"}, "s": {"scorer": "column", "column": "s"}}
     domain = {"classifier": "column", "column": "domain"}
-    return _edit(recipe, domain=domain, scorers=scorers, select={}, rank={"merge_small_domains": 0})
+    return _edit(recipe, domain=domain, scorers=scorers, compare={}, rank={"merge_small_domains": 0})
 
 
 def _rows(n: int) -> list[dict]:
