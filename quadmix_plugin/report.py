@@ -74,7 +74,7 @@ def render(data: ReportData) -> str:
         "tasks": _tasks(verdict),
         "curves": _curves(data),
         "provenance": _flat(data.provenance),
-        "warnings": [*data.warnings, *_unequal(results)],
+        "warnings": [*data.warnings, *_unequal(data, results)],
     }
     return environment.get_template("report.html.j2").render(context) + "\n"
 
@@ -237,7 +237,23 @@ def _results(data: ReportData) -> dict[str, Any] | None:
         "runs": runs,
         "figures": drawn,
         "shares": _shares(data, order),
+        **_selections(data, order),
     }
+
+
+def _selections(data: ReportData, order: Sequence[str]) -> dict[str, Any]:
+    """What each selection is, how its losses stand to the best, and how much every two share."""
+    rows = {row["selector"]: row for row in data.comparison}
+    known = [name for name in order if name in rows]
+    marks = {"best": "lowest", "near-tie": "≈", "unclear": "?"}
+    standings = {
+        (name, key.removesuffix(" standing")): marks.get(value, "")
+        for name, row in rows.items()
+        for key, value in row.items()
+        if key.endswith(" standing")
+    }
+    drawn = figures.overlaps(data.overlap, [name for name in order if name in data.overlap]) if data.overlap else None
+    return {"selections": [rows[name] for name in known], "standings": standings, "overlap": drawn}
 
 
 def _selector_row(selector: str, losses: Mapping[str, Sequence[float]], runs: Sequence[dict]) -> dict[str, Any]:
@@ -298,11 +314,12 @@ def _curves(data: ReportData) -> Drawing | None:
     return figures.training_curves(curves, data.quadmix)
 
 
-def _unequal(results: dict[str, Any] | None) -> list[str]:
+def _unequal(data: ReportData, results: dict[str, Any] | None) -> list[str]:
     """Warnings when selectors did not train on equal terms."""
     found = []
-    for name, words in (("tokens_seen", "trained tokens"), ("unique_tokens", "unique tokens")):
-        values = {row["selector"]: row[name] for row in (results or {"rows": []})["rows"] if row[name]}
+    trained, selected = (results or {"rows": []})["rows"], data.comparison
+    for rows, name, words in ((trained, "tokens_seen", "trained tokens"), (selected, "tokens", "selected tokens")):
+        values = {row["selector"]: row[name] for row in rows if row[name]}
         if values and max(values.values()) > 1.05 * min(values.values()):
             low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
             found.append(

@@ -288,11 +288,11 @@ def test_a_step_that_has_not_run_is_named_in_place_of_its_sections():
     trained = {"steps": None, "domains": None, "scores": None, "theta": None, "predictions": None, "metrics": None}
     trained |= {"search": None, "methods": (), "ablations": (), "drawings": ()}
     page = Page(render(dataclasses.replace(report_data(), **trained))).words()
-    assert [page.count(f"the step {step} has not run") for step in ("label", "search", "pretrain")] == [3, 3, 0]
+    assert [page.count(f"the step {step} has not run") for step in ("label", "search", "compare")] == [3, 3, 0]
     planned = dataclasses.replace(report_data(n_domains=2), results=None, curves=None, scores=None)
     page = Page(render(planned)).words()
-    assert page.count("The step pretrain has not run") == 1
-    assert page.count("the step pretrain has not run") == 3
+    assert page.count("The step compare has not run") == 1
+    assert [page.count(f"the step {step} has not run") for step in ("compare", "pretrain")] == [2, 1]
 
 
 def test_an_empty_run_is_still_a_page():
@@ -322,11 +322,28 @@ def test_a_gain_as_the_search_states_it_is_shown_with_all_of_its_numbers():
     assert "| random | 6.0500 | +0.1500 | −0.0518 to +0.2518 | +7.50 | 38 % |" in words
 
 
-def test_a_share_of_one_selection_is_not_called_the_overlap_of_two():
+def test_an_overlap_is_the_same_measure_wherever_it_is_shown():
     words = cells(rendered())
-    assert "| Overlap (Jaccard) with θ* |" in words
-    assert "| Share also in θ* |" in words
-    assert "Overlap with θ*" not in words
+    assert words.count("| Overlap (Jaccard) with θ* |") == 2
+    assert "Share also in θ*" not in words
+
+
+def test_the_selections_are_shown_with_their_budgets_and_what_stands_near_the_best():
+    data = comparison_only()
+    names = list(dict.fromkeys(data.results["selector"].to_pylist()))
+    facts = {"method": "m<b>", "documents": 1234, "tokens": 5678, "unique_tokens": 5000, "copies per document": 1.136,
+             "training epochs": 0.25, "budget met": "+3 tokens, within one document"}  # fmt: skip
+    standings = ["best", "near-tie", *["worse"] * (len(names) - 2)]
+    rows = [{"selector": name, **facts, "task-0 standing": s} for name, s in zip(names, standings, strict=True)]
+    overlap = {a: {b: 1.0 if a == b else 0.25 for b in names} for a in names}
+    page = render(dataclasses.replace(data, comparison=rows, overlap=overlap))
+    words = cells(page)
+    for name in names:
+        assert f"| {name} | m<b> | 1,234 | 5,678 | 5,000 | 1.14 | 0.25 | +3 tokens, within one document |" in words
+    assert "m<b>" not in page
+    assert "Overlap of the selections" in page
+    assert page.count(">25%<") == len(names) * (len(names) - 1)
+    assert [page.count(mark) for mark in (" lowest<br>", " ≈<br>")] == [1, 1]
 
 
 def test_errors_of_the_fit_are_shown_whole_and_gaps_as_dashes():

@@ -5,7 +5,7 @@ for drawing. Importing this package does not import matplotlib.
 """
 
 from quadmix_plugin.figures.candidates import pareto_front, predicted_candidates
-from quadmix_plugin.figures.comparison import seed_dots, training_curves
+from quadmix_plugin.figures.comparison import overlaps, seed_dots, training_curves
 from quadmix_plugin.figures.corpus import domain_shares, merge_weights, sampling_curve, score_histogram
 from quadmix_plugin.figures.drawing import COLOURS, Drawing, plain
 from quadmix_plugin.figures.search import (
@@ -21,6 +21,7 @@ __all__ = [
     "error_by_proxies",
     "importance",
     "merge_weights",
+    "overlaps",
     "pareto_front",
     "plain",
     "predicted_candidates",

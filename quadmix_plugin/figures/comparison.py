@@ -13,6 +13,7 @@ from quadmix_plugin.figures.drawing import (
     EndLabel,
     end_labels,
     heading,
+    heat_cells,
     label_rows,
     label_width,
     line_style,
@@ -54,6 +55,22 @@ def seed_dots(measure: str, losses: Mapping[str, Sequence[float]], highlight: st
         axes.set_xlabel("loss (nats per token), lower is better")
         title = f"Loss per selector and seed: {plain(measure)}"
         return Drawing.of(figure, f"seeds {measure}", title, f"Means: {'; '.join(described)}.")
+
+
+def overlaps(overlap: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Drawing:
+    """Heat map of how much every two selections share, in percent of the tokens in either; rows as ``names``."""
+    labels = [plain(name, 24) for name in names]
+    values = np.array([[overlap[a][b] for b in names] for a in names], dtype=np.float64)
+    left, column, row, top = label_width(labels), 34, 20, 10 + int(4.4 * max(map(len, labels)))
+    with style():
+        figure, axes = sheet(left + column * len(names) + 60, top + 10 + row * len(names), left, 60, top, 10)
+        heat_cells(axes, values, "{:.0%}")
+        label_rows(axes, labels)
+        axes.set_xticks(range(len(names)), labels, rotation=45, ha="left", rotation_mode="anchor")
+        pairs = [(values[i, j], labels[i], labels[j]) for i in range(len(names)) for j in range(i)]
+        most = "; ".join(f"{a} and {b} {share:.0%}" for share, a, b in sorted(pairs, reverse=True)[:3])
+        title = "Overlap of the selections"
+        return Drawing.of(figure, "overlap", title, f"Largest: {most or 'there is one selection'}.", wide=True)
 
 
 def training_curves(curves: Mapping[str, Sequence[tuple[Array, Array]]], highlight: str) -> Drawing:

@@ -11,6 +11,7 @@ from quadmix_plugin.figures.drawing import (
     Array,
     Drawing,
     heading,
+    heat_cells,
     label_rows,
     label_width,
     plain,
@@ -74,27 +75,15 @@ def score_histogram(scorer: str, kind: str, edges: ArrayLike, before: ArrayLike,
 
 def merge_weights(theta: Parameters) -> Drawing:
     """Heat map of α [M, N]: how much each scorer counts in each domain."""
-    from matplotlib.patches import Rectangle
-
     domains, scorers = _names(theta)
     labels, columns = [plain(name, 27) for name in domains], [plain(name, 14) for name in scorers]
     left, column, row = label_width(labels), max(58, min(84, 300 // len(columns))), 20
     with style():
         figure, axes = sheet(left + column * len(columns) + 24, 48 + row * len(labels), left, 24, 44, 4)
-        for (m, n), weight in np.ndenumerate(theta.alpha):
-            cell = Rectangle((n - 0.49, m - 0.46), 0.98, 0.92, facecolor=COLOURS["heat"], alpha=weight, linewidth=0)
-            axes.add_patch(cell)
-            # The contrast to the cell is above 4.3 at each limit, in both schemes.
-            text = "heat-low" if weight < 0.5 else "heat-mid" if weight < 0.75 else "heat-high"
-            axes.text(n, m, f"{weight:.2f}", ha="center", va="center", color=COLOURS[text], fontsize=10)
+        heat_cells(axes, theta.alpha, "{:.2f}")
         label_rows(axes, labels)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_xticks(range(len(columns)), columns)
-        axes.xaxis.tick_top()
-        axes.xaxis.set_label_position("top")
         axes.set_xlabel("weight α of each scorer (rows sum to 1)", labelpad=7, loc="right")
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
         means = ", ".join(f"{name} {value:.2f}" for name, value in zip(columns, theta.alpha.mean(0), strict=True))
         return Drawing.of(
             figure, "weights", "Merge weights per domain", f"Mean weight over domains: {means}.", wide=True

@@ -181,6 +181,23 @@ def label_rows(axes: Any, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def heat_cells(axes: Any, values: Array, form: str) -> None:
+    """Values [rows, columns] in 0 … 1 as the cells of a table, the stronger the colour the larger."""
+    from matplotlib.patches import Rectangle
+
+    for (row, column), value in np.ndenumerate(values):
+        at = (column - 0.49, row - 0.46)
+        axes.add_patch(Rectangle(at, 0.98, 0.92, facecolor=COLOURS["heat"], alpha=value, linewidth=0))
+        # The contrast to the cell is above 4.3 at each limit, in both schemes.
+        text = "heat-low" if value < 0.5 else "heat-mid" if value < 0.75 else "heat-high"
+        axes.text(column, row, form.format(value), ha="center", va="center", color=COLOURS[text], fontsize=10)
+    axes.set_xlim(-0.5, values.shape[1] - 0.5)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def line_style(i: int) -> tuple[str, Any]:
     """Colour and dashes of the i-th line; neighbours differ in both."""
     return COLOURS[f"series{i % 5 + 1}"], _DASHES[i % len(_DASHES)]
