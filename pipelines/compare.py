@@ -18,6 +18,7 @@ from quadmix_plugin.comparison import Selected, comparison_rows, to_csv, to_mark
 from quadmix_plugin.config import selector_plugin
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.labelled_corpus import check_selector
+from quadmix_plugin.pipelines.benchmarks import evaluate_models
 from quadmix_plugin.pipelines.context import Run, fingerprint, foreign
 from quadmix_plugin.pipelines.export import export_selection
 from quadmix_plugin.pipelines.pretrain import Trained, train_selections
@@ -66,11 +67,12 @@ def compare(run: Run) -> None:
     results, curves = _train(run, step, contestants, copies)
     step.write_table(RESULTS, results)
     step.write_table(CURVES, curves)
-    rows = _write_table(run, step, contestants, copies, results)
+    trained = [Trained(QUADMIX, "", 0, "pretrain"), *(Trained(each.name, "", 0, each.folder) for each in contestants)]
+    rows = _write_table(run, step, contestants, copies, results, evaluate_models(run, step, trained))
     best = min((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"], default=None)
     step.finish(
         seconds=round(time.monotonic() - started, 2),
-        compared={each.name: each.folder for each in contestants},
+        compared=_asked(run, contestants),
         headline=f"{len(rows)} selections × {len(run.recipe.pretrain.seeds)} models × {run.recipe.pretrain.tokens:,} "
         f"tokens" + (f"; lowest objective: {best['selector']}" if best else ""),
     )
@@ -107,7 +109,12 @@ def check(run: Run, contestants: Sequence[Contestant]) -> None:
 def is_done(run: Run, contestants: Sequence[Contestant]) -> bool:
     """Whether the last comparison was of these selections."""
     facts = run.step("compare").summary()
-    return facts is not None and facts["compared"] == {each.name: each.folder for each in contestants}
+    return facts is not None and facts["compared"] == _asked(run, contestants)
+
+
+def _asked(run: Run, contestants: Sequence[Contestant]) -> dict[str, Any]:
+    """What a finished comparison must have been of, to be the one that the recipe asks for."""
+    return {"folders": {each.name: each.folder for each in contestants}, "evaluate": run.recipe.evaluate.model_dump()}
 
 
 def copies_of(run: Run, step: Step, contestant: Contestant) -> NDArray[np.int32]:
@@ -163,7 +170,12 @@ def _train(
 
 
 def _write_table(
-    run: Run, step: Step, contestants: Sequence[Contestant], copies: dict[str, NDArray[np.int32]], results: pa.Table
+    run: Run,
+    step: Step,
+    contestants: Sequence[Contestant],
+    copies: dict[str, NDArray[np.int32]],
+    results: pa.Table,
+    scores: dict[str, dict[str, list[float]]],
 ) -> list[dict[str, Any]]:
     """The comparison as JSON, Markdown and CSV; returns its rows."""
     table = run.table
@@ -173,10 +185,14 @@ def _write_table(
     overlap = {a: {b: jaccard(table.tokens, copies[a], copies[b]) for b in copies} for a in copies}
     losses = losses_of(results)
     largest = int(table.tokens.max())
-    selected = [Selected(name, facts[name], losses[name], overlap[name][QUADMIX]) for name in copies]
+    selected = [
+        Selected(name, facts[name], losses[name], overlap[name][QUADMIX], scores.get(name, {})) for name in copies
+    ]
     rows = comparison_rows(selected, weights_of(run), run.recipe.pretrain.tokens, largest)
-    step.write_json(f"{TABLE}.json", {"rows": rows, "overlap": overlap, "facts": facts})
-    step.write_text(f"{TABLE}.md", to_markdown(rows, facts, overlap))
+    benchmarks = list(dict.fromkeys(name for each in scores.values() for name in each))
+    content = {"rows": rows, "overlap": overlap, "facts": facts, "benchmarks": benchmarks}
+    step.write_json(f"{TABLE}.json", content)
+    step.write_text(f"{TABLE}.md", to_markdown(rows, facts, overlap, benchmarks))
     step.write_text(f"{TABLE}.csv", to_csv(rows, facts))
     return rows
 

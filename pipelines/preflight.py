@@ -6,6 +6,7 @@ from glob import glob
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
+from quadmix_plugin.pipelines.benchmarks import harness_settings
 from quadmix_plugin.pipelines.context import Run, trainer_options
 from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
@@ -51,6 +52,8 @@ def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> 
         _check_given_parameters(run)
     if "compare" in todo:
         _check_files_of_selectors(run)
+        if recipe.evaluate.tasks:
+            _check_benchmarks(run)
     if {"proxies", "search", "pretrain", "compare"} & set(todo):
         rows = _validation_rows(run)
         for name in ("proxy", "pretrain"):
@@ -64,6 +67,13 @@ def _check_labelling_models(run: Run, fetch: bool) -> None:
     for stage in label_stages(run):
         if isinstance(stage, DomainClassify | QualityScore):
             stage.check(fetch=fetch)
+
+
+def _check_benchmarks(run: Run) -> None:
+    try:
+        harness_settings(run).manager()
+    except InputError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _check_files_of_selectors(run: Run) -> None:

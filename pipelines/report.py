@@ -216,6 +216,7 @@ def _models(run: Run, done: set[str]) -> dict[str, Any]:
                 for name, each in shares.items()
             ],
             "comparison": content["rows"],
+            "benchmarks": content["benchmarks"],
             "overlap": overlap,
             "results": step.read_table(RESULTS),
             "curves": step.read_table(CURVES),

@@ -6,7 +6,7 @@ Pure functions over numbers; ``pipelines.compare`` makes the numbers.
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,14 @@ class Selected:
 
     ``facts``: plugin, budget_tokens, documents, copies, tokens, unique_tokens, epochs, domain_tokens; where copies are
     drawn also expected_tokens and sd_tokens. ``losses``: task → one per seed. ``overlap``: token-weighted Jaccard with
-    the selection of θ*.
+    the selection of θ*. ``scores``: benchmark → one per seed, higher is better.
     """
 
     name: str
     facts: Mapping[str, Any]
     losses: Mapping[str, Sequence[float]]
     overlap: float
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def comparison_rows(
@@ -41,18 +42,25 @@ def comparison_rows(
 
     ``weights`` of the tasks in the objective, the weighted mean loss; empty: all equally. ``trained_tokens`` of each
     model; ``largest``: tokens of the longest document. A measure's standing is "best", "near-tie", "unclear" or
-    "worse", as ``verdict.compare`` judges it against the best; "unknown" without two seeds.
+    "worse", as ``verdict.compare`` judges it against the best; "unknown" without two seeds. Benchmarks come after the
+    losses, likewise judged, the highest as the best.
     """
-    measures = {each.name: _measures(each.losses, weights) for each in selected}
+    measures = {each.name: _measures(each.losses, weights) | dict(each.scores) for each in selected}
     tasks = list(dict.fromkeys(task for each in selected for task in measures[each.name]))
-    best = {task: min(selected, key=lambda each: float(np.mean(measures[each.name][task]))).name for task in tasks}
+    signs = {task: -1.0 if any(task in each.scores for each in selected) else 1.0 for task in tasks}
+    best = {t: min(selected, key=lambda each: signs[t] * float(np.mean(measures[each.name][t]))).name for t in tasks}
     rows = []
     for each in selected:
         facts = each.facts
-        row: dict[str, Any] = {"selector": each.name, "method": facts["plugin"], "seeds": len(each.losses[tasks[-1]])}
+        row: dict[str, Any] = {
+            "selector": each.name,
+            "method": facts["plugin"],
+            "seeds": len(measures[each.name][OBJECTIVE]),
+        }
         for task in tasks:
             losses, rivals = measures[each.name][task], measures[best[task]][task]
-            standing = "best" if best[task] == each.name else compare(rivals, losses).outcome
+            found = compare(signs[task] * np.asarray(rivals), signs[task] * np.asarray(losses)).outcome
+            standing = "best" if best[task] == each.name else found
             sd = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
             row[task] = float(np.mean(losses))
             row[f"{task} sd"] = sd
@@ -90,12 +98,21 @@ def budget_met(facts: Mapping[str, Any], largest: int) -> str:
     return f"{off}, {sigmas:.1f}σ of its draws" + ("" if sigmas <= _SIGMAS else f": beyond {_SIGMAS:g}σ")
 
 
-def to_markdown(rows: Rows, facts: Mapping[str, Mapping[str, Any]], overlap: Mapping[str, Mapping[str, float]]) -> str:
-    """Losses, sizes, overlaps and domain shares as Markdown tables, the lowest objective first."""
+def to_markdown(
+    rows: Rows,
+    facts: Mapping[str, Mapping[str, Any]],
+    overlap: Mapping[str, Mapping[str, float]],
+    benchmarks: Sequence[str] = (),
+) -> str:
+    """Losses, sizes, overlaps and domain shares as Markdown tables, the lowest objective first.
+
+    ``benchmarks``: the measures that are scores, not losses.
+    """
     ordered = sorted(rows, key=lambda row: (np.isnan(row[OBJECTIVE]), row[OBJECTIVE]))
     names = [row["selector"] for row in ordered]
     tasks = [name.removesuffix(" standing") for name in rows[0] if name.endswith(" standing")]
     losses = [[_code(row["selector"]), row["method"], *(_loss(row, task) for task in tasks)] for row in ordered]
+    titles = [task if task in benchmarks else f"{task} loss" for task in tasks]
     sizes = [
         [
             _code(row["selector"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['unique_tokens']:,}",
@@ -108,10 +125,12 @@ def to_markdown(rows: Rows, facts: Mapping[str, Mapping[str, Any]], overlap: Map
     shares = [[domain, *(f"{100 * _share(facts[name], domain):.1f}" for name in names)] for domain in domains]
     return "\n\n".join(
         [
-            _markdown(["selection", "method", *(f"{task} loss" for task in tasks)], losses),
+            _markdown(["selection", "method", *titles], losses),
             "Loss in nats per token, mean ± standard deviation over "
-            f"{rows[0]['seeds']} seeds; lower is better. **Bold**: lowest mean. ≈: a near-tie with it (less than one pooled "
-            "standard deviation). ?: not settled by these seeds. Others are worse, outside the noise.",
+            f"{rows[0]['seeds']} seeds; lower is better"
+            + ("; benchmarks by lm-evaluation-harness: higher is better. " if benchmarks else ". ")
+            + "**Bold**: the best mean. ≈: a near-tie with it (less than one pooled standard deviation). "
+            "?: not settled by these seeds. Others are worse, outside the noise.",
             _markdown(
                 ["selection", "documents", "tokens", "unique tokens", "copies each", "training epochs", "budget"],
                 sizes,

@@ -17,6 +17,7 @@ from quadmix_plugin.sections import (
     Compare,
     Corpus,
     DomainSection,
+    Evaluate,
     Executor,
     Name,
     Normalise,
@@ -53,6 +54,7 @@ class Recipe(Section):
     search: Search = Search()
     select: Select = Select()
     pretrain: Pretrain = Pretrain()
+    evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     executor: Executor = Executor()
 
@@ -192,7 +194,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     content = recipe.model_dump()
     for section in ("corpus", "validation"):
         content[section]["path"] = absolute(content[section]["path"])
-    for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta")):
+    for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta"), ("evaluate", "task_folder")):
         if content[section][key]:
             content[section][key] = absolute(content[section][key])
     selectors = content["compare"]["selectors"].values()

@@ -115,6 +115,8 @@ class ReportData:
     selections: Sequence[SelectorShares] | None = None
     comparison: Sequence[Mapping[str, Any]] = ()
     """Rows of ``comparison.comparison_rows``."""
+    benchmarks: Sequence[str] = ()
+    """Measures of ``comparison`` that are scores of benchmarks, higher = better."""
     overlap: Mapping[str, Mapping[str, float]] | None = None
     """Token-weighted Jaccard of every two selections, in [0, 1]."""
     curves: pa.Table | None = None

@@ -271,6 +271,21 @@ class Compare(Section):
         return value
 
 
+class Evaluate(Section):
+    """Benchmarks of lm-evaluation-harness for every trained model; without tasks there are none."""
+
+    tasks: list[str] = Field(default_factory=list)
+    """Names of the harness, or of ``task_folder``."""
+    task_folder: str | None = None
+    """A folder with YAML files of tasks of one's own."""
+    fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; None: as each task says."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many questions of each task."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests at a time; no influence on the scores beyond rounding."""
+
+
 class Executor(Section):
     """Where the work runs; apart from the device it has no influence on any result."""
 

@@ -1,0 +1,64 @@
+"""EvaluateModels: one row of work is one trained model; out come its benchmark scores, as an artifact of its own."""
+
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+from nemo_curator.stages.base import ProcessingStage
+from nemo_curator.stages.resources import Resources
+from nemo_curator.tasks import DocumentBatch
+
+from quadmix_plugin.harness import HarnessSettings, evaluate_model
+from quadmix_plugin.models import choose_device
+from quadmix_plugin.store import Step
+
+
+@dataclass
+class EvaluateModels(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Runs lm-evaluation-harness on one model per row and writes its scores as JSON.
+
+    A row has ``model`` (a folder in Hugging Face's format) and ``scores`` (the artifact).
+
+    Args:
+        step: where the scores are entered.
+        tokenizer: folder of the tokenizer that the models were trained with.
+        settings: tasks and few-shot setting.
+        device: as ``executor.device``.
+        seed: of few-shot examples.
+    """
+
+    step: Step
+    tokenizer: str
+    settings: HarnessSettings
+    device: str = "auto"
+    seed: int = 0
+    name: str = "evaluate_models"
+    resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.resources = Resources(cpus=1.0, gpus=1.0 if choose_device(self.device).startswith("cuda") else 0.0)
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """The work: which model, and where its scores go."""
+        return ["data"], ["model", "scores"]
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        """The same."""
+        return ["data"], ["model", "scores"]
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        """Evaluates the models of one batch that have no scores yet."""
+        for row in task.to_pyarrow().to_pylist():
+            if self.step.entry(row["scores"]) is None:
+                device = choose_device(self.device)
+                found = evaluate_model(row["model"], self.tokenizer, self.settings, device, self.seed)
+                self.step.write_json(row["scores"], found)
+        return task
+
+
+def evaluation_tasks(work: pa.Table) -> list[DocumentBatch]:
+    """One task per row of work."""
+    return [
+        DocumentBatch(dataset_name=path, data=work.slice(i, 1), _metadata={"shard": path})
+        for i, path in enumerate(work["scores"].to_pylist())
+    ]
