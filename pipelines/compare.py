@@ -112,6 +112,11 @@ def is_done(run: Run, contestants: Sequence[Contestant]) -> bool:
     return facts is not None and facts["compared"] == _asked(run, contestants)
 
 
+def step_is_done(run: Run, name: str) -> bool:
+    """Whether a step is finished as the recipe asks; a comparison may be finished and be of other selections."""
+    return run.step(name).is_done and (name != "compare" or is_done(run, contestants_of(run)))
+
+
 def _asked(run: Run, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """What a finished comparison must have been of, to be the one that the recipe asks for."""
     return {"folders": {each.name: each.folder for each in contestants}, "evaluate": run.recipe.evaluate.model_dump()}

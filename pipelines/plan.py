@@ -11,7 +11,7 @@ from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe, selector_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.pipelines.compare import contestants_of, is_done
+from quadmix_plugin.pipelines.compare import step_is_done
 from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe, trainer_options
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
@@ -94,7 +94,7 @@ def _mixtures(recipe: Recipe) -> str:
 
 def _state(run: Run, name: str) -> str:
     step = run.step(name)
-    if name == "compare" and step.is_done and not is_done(run, contestants_of(run)):
+    if step.is_done and not step_is_done(run, name):
         return "done for other selectors"
     if name == "report":
         return "done" if (run.directory.root / "report.html").exists() else "to do"

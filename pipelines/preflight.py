@@ -7,6 +7,7 @@ from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.benchmarks import harness_settings
+from quadmix_plugin.pipelines.compare import step_is_done
 from quadmix_plugin.pipelines.context import Run, trainer_options
 from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
@@ -32,7 +33,7 @@ def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> 
         RecipeError: a key that does not fit the others, or the data that it names.
         InputError: validation rows that cannot be used, a model that cannot be fetched or is damaged.
     """
-    todo = [name for name in steps if name != "report" and not run.step(name).is_done]
+    todo = [name for name in steps if name != "report" and not step_is_done(run, name)]
     if not todo:
         return
     _ = run.corpus_files

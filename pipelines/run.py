@@ -36,7 +36,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     seconds, was_done = {}, {}
     for name in steps:
         started = time.monotonic()
-        was_done[name] = _is_done(run, name)
+        was_done[name] = name != "report" and compare.step_is_done(run, name)
         step_function(name)(run)
         seconds[name] = round(time.monotonic() - started, 2)
     write_provenance(run)
@@ -48,12 +48,6 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
         "verdict": None if found is None else f"{found.headline} {found.numbers}".strip(),
         "report": str(run.directory.root / "report.html") if "report" in steps else None,
     }
-
-
-def _is_done(run: Run, name: str) -> bool:
-    if name == "compare" and run.step(name).is_done:  # it may have been of other selections
-        return compare.is_done(run, compare.contestants_of(run))
-    return name != "report" and run.step(name).is_done
 
 
 def run_comparison(run: Run) -> dict[str, Any]:

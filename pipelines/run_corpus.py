@@ -4,8 +4,7 @@ Columns that a selector makes are artifacts in its folder, so an interrupted com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 from nemo_curator.pipeline import Pipeline
@@ -37,7 +36,7 @@ class RunCorpus:
     run: Run
     step: Step
     folder: str
-    derived: tuple[Derived, ...] = ()
+    derived: list[Derived] = field(default_factory=list)
 
     @property
     def summary(self) -> DomainSummary:
@@ -59,8 +58,8 @@ class RunCorpus:
             held = [fold.merge([*held, *_states(results)])]
         return held[0] if held else fold.merge([])
 
-    def with_columns(self, derive: Derive) -> Self:
-        """The same corpus with the columns that a pass makes; shards that are there are not made again."""
+    def add_columns(self, derive: Derive) -> None:
+        """Gives the corpus the columns that a pass makes; shards that are there are not made again."""
         made = Derived(self.step, f"{self.folder}/columns/{'-'.join(derive.makes)}", derive.makes)
         shards = self.run.label_shards
         todo = [shard for shard in shards if self.step.entry(f"{made.folder}/{shard}.parquet") is None]
@@ -70,7 +69,7 @@ class RunCorpus:
                 run_over_documents(self.run, stages, frozenset(shards) - frozenset(todo))
             else:
                 Pipeline("derive", stages=stages).run(self.run.executor, initial_tasks=shard_tasks(todo))
-        return replace(self, derived=(*self.derived, made))
+        self.derived.append(made)
 
     def write(self, law: Law) -> None:
         """Writes the selected documents of every shard as ``<folder>/selection/<shard>.parquet``."""

@@ -205,8 +205,9 @@ def compare(
     if not as_json:
         from rich.markdown import Markdown
 
-        _stdout.print(Markdown(summary["markdown"]))
-        _stdout.print(f"table: {summary['table']} (and .csv, .json)", markup=False, highlight=False)
+        losses, legend, *_ = summary["markdown"].split("\n\n")
+        _stdout.print(Markdown(f"{losses}\n\n{legend}"))
+        _stdout.print(f"sizes, overlaps, domains: {summary['table']} (and .csv, .json)", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel="Around a run")

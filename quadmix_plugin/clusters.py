@@ -47,7 +47,7 @@ class Clusters:
 
     @classmethod
     def fit(cls, sample: Vectors, k: int, distance: Distance = "euclidean", seed: int = 0) -> Self:
-        """K-means of a sample [s, d]: by cuML with a GPU where both are there, else faiss where installed, or scikit-learn.
+        """K-means of a sample [s, d]: by cuML where it and a GPU are there, else faiss if installed, or scikit-learn.
 
         The last two use one thread, so that the centroids do not depend on the number of cores. The order of the sample
         matters, and so may the version of the library. A cluster has no document where the sample has fewer than K
@@ -116,8 +116,8 @@ class Clusters:
 
 def clustered(
     corpus: LabelledCorpus, embedder: Embedder, k: int, distance: Distance, sample: int, seed: int
-) -> tuple[LabelledCorpus, Clusters]:
-    """The corpus with ``Clusters.columns``, of K-means clusters that were fitted on ``sample`` documents.
+) -> Clusters:
+    """K-means clusters that were fitted on ``sample`` documents; the corpus gets ``Clusters.columns``.
 
     These are the ones with the smallest hashes, in that order, so that the clusters do not depend on the order of
     documents. The embeddings stay in the column ``embedding``.
@@ -125,10 +125,11 @@ def clustered(
     Raises:
         InputError: as ``Clusters.fit``; or as the embedder.
     """
-    corpus = corpus.with_columns(_Embed(embedder))
+    corpus.add_columns(_Embed(embedder))
     found = corpus.fold(_Sample.of_corpus(int(corpus.summary.documents.sum()), sample, seed))
     clusters = Clusters.fit(from_column(found[EMBEDDING]), k, distance, seed)
-    return corpus.with_columns(_Assign(clusters)), clusters
+    corpus.add_columns(_Assign(clusters))
+    return clusters
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class _Sample:
 
     @classmethod
     def of_corpus(cls, documents: int, size: int, seed: int) -> Self:
-        """With a bound below which, but for once in a billion times, ``size`` documents lie, so that states stay small."""
+        """With a bound that keeps states small, below which ``size`` documents lie, but for once in a billion times."""
         share = (size + 6 * sqrt(size) + 36) / documents
         return cls(size, min(int(share * 2.0**64), 2**64 - 1), seed)
 
@@ -196,12 +197,14 @@ def _by_cuml(sample: Vectors, k: int, seed: int) -> Any:
 
 def _by_faiss(sample: Vectors, k: int, seed: int) -> Any:
     import faiss  # pyright: ignore[reportMissingImports]
+    from sklearn.cluster import kmeans_plusplus
     from threadpoolctl import threadpool_limits
 
     every = {"min_points_per_centroid": 1, "max_points_per_centroid": len(sample)}  # it would take 256 of each cluster
     kmeans = faiss.Kmeans(sample.shape[1], k, niter=_ITERATIONS, seed=seed, **every)
     with threadpool_limits(1):
-        kmeans.train(sample)
+        starts, _ = kmeans_plusplus(sample, k, random_state=seed)  # its own are random documents, several of one group
+        kmeans.train(sample, init_centroids=starts)
     return kmeans.centroids
 
 

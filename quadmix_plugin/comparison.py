@@ -48,7 +48,7 @@ def comparison_rows(
     measures = {each.name: _measures(each.losses, weights) | dict(each.scores) for each in selected}
     tasks = list(dict.fromkeys(task for each in selected for task in measures[each.name]))
     signs = {task: -1.0 if any(task in each.scores for each in selected) else 1.0 for task in tasks}
-    best = {t: min(selected, key=lambda each: signs[t] * float(np.mean(measures[each.name][t]))).name for t in tasks}
+    best = {t: min(selected, key=lambda each: _by_mean(measures[each.name][t], signs[t])).name for t in tasks}
     rows = []
     for each in selected:
         facts = each.facts
@@ -81,6 +81,12 @@ def _measures(losses: Mapping[str, Sequence[float]], weights: Mapping[str, float
     return {OBJECTIVE: np.atleast_1d(mean).tolist(), **{task: list(each) for task, each in losses.items()}}
 
 
+def _by_mean(values: Sequence[float], sign: float) -> tuple[bool, float]:
+    """The place of a measure in an order, the best mean first; one that is no number is last."""
+    mean = sign * float(np.mean(values))
+    return np.isnan(mean), mean
+
+
 def budget_met(facts: Mapping[str, Any], largest: int) -> str:
     """How near a selection comes to its budget, in words."""
     budget, tokens = facts.get("budget_tokens"), facts["tokens"]
@@ -111,8 +117,11 @@ def to_markdown(
     ordered = sorted(rows, key=lambda row: (np.isnan(row[OBJECTIVE]), row[OBJECTIVE]))
     names = [row["selector"] for row in ordered]
     tasks = [name.removesuffix(" standing") for name in rows[0] if name.endswith(" standing")]
-    losses = [[_code(row["selector"]), row["method"], *(_loss(row, task) for task in tasks)] for row in ordered]
-    titles = [task if task in benchmarks else f"{task} loss" for task in tasks]
+    titles = {task: task if task in benchmarks else f"{task} loss" for task in tasks}
+    if same := [task for task in tasks[1:] if all(row[task] == row[OBJECTIVE] for row in rows)]:
+        titles = {task: title for task, title in titles.items() if task != OBJECTIVE}
+        titles[same[0]] += " (the objective)"
+    losses = [[_code(row["selector"]), row["method"], *(_loss(row, task) for task in titles)] for row in ordered]
     sizes = [
         [
             _code(row["selector"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['unique_tokens']:,}",
@@ -125,7 +134,7 @@ def to_markdown(
     shares = [[domain, *(f"{100 * _share(facts[name], domain):.1f}" for name in names)] for domain in domains]
     return "\n\n".join(
         [
-            _markdown(["selection", "method", *titles], losses),
+            _markdown(["selection", "method", *titles.values()], losses),
             "Loss in nats per token, mean ± standard deviation over "
             f"{rows[0]['seeds']} seeds; lower is better"
             + ("; benchmarks by lm-evaluation-harness: higher is better. " if benchmarks else ". ")

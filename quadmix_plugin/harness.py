@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,30 +33,12 @@ class HarnessSettings:
     batch_size: int = 8
 
     def manager(self) -> Any:
-        """The harness' task manager.
+        """The harness' task manager, which takes seconds to make, so a process makes one.
 
         Raises:
             InputError: the harness is not installed, or it has no such task.
         """
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise InputError(
-                f"evaluate.tasks: lm-evaluation-harness is not installed ({error}); pip install 'quadmix-plugin[eval]'"
-            ) from error
-        with _quiet():
-            manager = TaskManager(include_path=self.task_folder)
-        known = manager.all_tasks
-        if unknown := [name for name in self.tasks if name not in known]:
-            raise InputError(
-                f"evaluate.tasks: {unknown[0]!r} is not among the {len(known):,} tasks of lm-evaluation-harness"
-                + (
-                    f" and {self.task_folder}"
-                    if self.task_folder
-                    else "; give evaluate.task_folder for tasks of your own"
-                )
-            )
-        return manager
+        return _manager(self)
 
 
 def evaluate_model(
@@ -98,6 +81,29 @@ def evaluate_model(
             f"downloaded need the network once, local ones a data_files path that exists"
         ) from error
     return {task: _scores(found) for task, found in (results or {})["results"].items()}
+
+
+@lru_cache(maxsize=1)
+def _manager(settings: HarnessSettings) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"evaluate.tasks: lm-evaluation-harness is not installed ({error}); pip install 'quadmix-plugin[eval]'"
+        ) from error
+    with _quiet():
+        manager = TaskManager(include_path=settings.task_folder)
+    known = manager.all_tasks
+    if unknown := [name for name in settings.tasks if name not in known]:
+        raise InputError(
+            f"evaluate.tasks: {unknown[0]!r} is not among the {len(known):,} tasks of lm-evaluation-harness"
+            + (
+                f" and {settings.task_folder}"
+                if settings.task_folder
+                else "; give evaluate.task_folder for tasks of your own"
+            )
+        )
+    return manager
 
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:

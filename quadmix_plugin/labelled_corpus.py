@@ -6,7 +6,7 @@ and on the shards of a run, and its selection cannot depend on how the documents
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol, Self
 
@@ -59,11 +59,14 @@ class Derive(Protocol):
 
 
 class Law(Protocol):
-    """A fitted selection: gives each document of a batch its copies, whatever batch it is in. Instances are pickled."""
+    """A fitted selection: gives each document of a batch its copies, whatever batch it is in. Instances are pickled.
+
+    A law whose draws scatter may have ``expected_tokens`` and ``sd_tokens``, floats, of the tokens that it selects.
+    """
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that ``copies`` reads."""
+        """The columns that ``copies`` reads; those that the selector has added to the corpus among them."""
         ...
 
     def copies(self, batch: pa.Table) -> NDArray[np.int32]:
@@ -83,7 +86,7 @@ class LabelledCorpus(Protocol):
     """Documents with domain, tokens and scores, of a run or in memory.
 
     Columns: ``doc_id``, ``domain``, ``tokens``, ``score_<scorer>``, ``normalised_<scorer>`` (σ, smaller = better),
-    ``text``, and those that ``with_columns`` has added.
+    ``text``, and those that ``add_columns`` has added.
     """
 
     @property
@@ -95,8 +98,8 @@ class LabelledCorpus(Protocol):
         """The merged state of one pass over all documents."""
         ...
 
-    def with_columns(self, derive: Derive) -> Self:
-        """The same corpus with the columns that a pass makes; they are computed once."""
+    def add_columns(self, derive: Derive) -> None:
+        """Gives the corpus the columns that a pass makes; they are computed once, and later passes read them."""
         ...
 
     def target_texts(self, tasks: Sequence[str] | None = None) -> list[str]:
@@ -185,7 +188,7 @@ def domain_ids(batch: pa.Table, domains: Sequence[str]) -> NDArray[np.int64]:
     return lookup[codes] if codes.size else np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MemoryCorpus:
     """A labelled corpus as one table, cut into ``partitions`` for every pass.
 
@@ -221,13 +224,14 @@ class MemoryCorpus:
         """The merged state of one pass over all documents."""
         return fold.merge([fold.of(batch) for batch in self._batches(fold.columns)])
 
-    def with_columns(self, derive: Derive) -> Self:
-        """The same corpus with the columns that a pass makes."""
+    def add_columns(self, derive: Derive) -> None:
+        """Gives the corpus the columns that a pass makes, in place of any of the same name."""
         made = pa.concat_tables([derive.of(batch) for batch in self._batches(derive.columns)])
-        table = self.table
+        kept = [name for name in self.table.column_names if name not in derive.makes]
+        table = self.table.select(kept)
         for name in derive.makes:
             table = table.append_column(name, made[name])
-        return replace(self, table=table)
+        self.table = table
 
     def target_texts(self, tasks: Sequence[str] | None = None) -> list[str]:
         """The texts of these tasks, or of all."""

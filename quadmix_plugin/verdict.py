@@ -4,6 +4,7 @@ Pure functions over losses per seed. The rule is stated once, in ``RULE``, and s
 trains, reads files or writes HTML.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,7 +84,9 @@ def compare(ours: ArrayLike, theirs: ArrayLike, rival: str = "baseline", measure
     # Below the rounding of float64 sums the seeds did not vary at all, and t is meaningless.
     if pooled <= 1e-12 * max(abs(mean), abs(rival_mean), 1e-300):
         return result("unknown", np.nan, np.nan, np.nan, "all seeds gave the same loss, so the noise is unknown")
-    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    with warnings.catch_warnings():  # of one side whose seeds agree, which the interval takes as it is
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     low, high = float(interval.low), float(interval.high)
     if abs(difference) < pooled:
         return result("near-tie", pooled, low, high)

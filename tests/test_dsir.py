@@ -23,6 +23,7 @@ from quadmix_plugin.stages.selectors.dsir import DSIR, LOG_WEIGHT, BucketCounts,
 SEED = 11
 # Of every second document the beginning only, so that there are texts on both sides of 100 words.
 TEXTS = [text if i % 2 else text[: 40 * (i % 50)] for i, text in enumerate(corpus_texts(400))]
+SHORT = [text[:60] for text in corpus_texts(400)]  # log-weights of long texts are too far apart for noise to matter
 N = len(TEXTS)
 IDS = pa.array([f"d{i}" for i in range(N)])
 WORDS = NgramBuckets().sums(TEXTS, np.zeros(10_000))[1]
@@ -42,8 +43,10 @@ TARGETS = {
 BUDGET = int(TABLE.tokens.sum()) // 5
 
 
-def _corpus(partitions: int = 1, targets: dict[str, list[str]] | None = TARGETS) -> MemoryCorpus:
-    return MemoryCorpus.of(TABLE, TABLE.scores, TEXTS, partitions=partitions, targets=targets)
+def _corpus(
+    partitions: int = 1, targets: dict[str, list[str]] | None = TARGETS, texts: list[str] = TEXTS
+) -> MemoryCorpus:
+    return MemoryCorpus.of(TABLE, TABLE.scores, texts, partitions=partitions, targets=targets)
 
 
 def _in_order(order: np.ndarray, partitions: int = 1) -> MemoryCorpus:
@@ -56,26 +59,22 @@ def _copies(selector: DSIR, corpus: MemoryCorpus, budget: int = BUDGET, seed: in
     return corpus.copies(selector.fit(corpus, budget, seed))
 
 
-def _package(folder: Path, target: list[str]) -> HashedNgramDSIR:
-    """The package's estimator after a fit on these texts and targets, its weights computed."""
-    rows = {"raw": [{"text": t, "id": i} for i, t in zip(IDS.to_pylist(), TEXTS, strict=True)]}
-    rows["target"] = [{"text": text} for text in target]
+def _package(folder: Path, texts: list[str], min_words: int) -> HashedNgramDSIR:
+    """The package's estimator after a fit on these texts and all targets, its weights computed."""
+    rows = {"raw": [{"text": t, "id": i} for i, t in zip(IDS.to_pylist(), texts, strict=True)]}
+    rows["target"] = [{"text": text} for task in sorted(TARGETS) for text in TARGETS[task]]
     for name, some in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     paths = [[str(folder / f"{name}.jsonl")] for name in rows]
-    package = HashedNgramDSIR(*paths, cache_dir=str(folder / "cache"), num_proc=1)
+    package = HashedNgramDSIR(*paths, cache_dir=str(folder / "cache"), num_proc=1, min_example_length=min_words)
     package.fit_importance_estimator(num_tokens_to_fit="all")
     package.compute_importance_weights()
     return package
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> HashedNgramDSIR:
-    return _package(tmp_path_factory.mktemp("package"), [text for task in sorted(TARGETS) for text in TARGETS[task]])
-
-
 def _weights(corpus: MemoryCorpus, derive: LogWeights) -> np.ndarray:
-    return corpus.with_columns(derive).table[LOG_WEIGHT].to_numpy()
+    corpus.add_columns(derive)
+    return corpus.table[LOG_WEIGHT].to_numpy()
 
 
 def _derive(min_words: int = 100) -> LogWeights:
@@ -84,7 +83,8 @@ def _derive(min_words: int = 100) -> LogWeights:
     return LogWeights(features, log_ratio(target, features.counts(TEXTS)), min_words)
 
 
-def test_log_weights_are_those_of_the_package(package: HashedNgramDSIR) -> None:
+def test_log_weights_are_those_of_the_package(tmp_path: Path) -> None:
+    package = _package(tmp_path, TEXTS, 100)
     expected = np.load(package.log_importance_weights_dir / "0.npy")
     words = np.load(package.perexample_metadata_dir / "0.npy")
     found = _weights(_corpus(), _derive())
@@ -93,17 +93,20 @@ def test_log_weights_are_those_of_the_package(package: HashedNgramDSIR) -> None:
     np.testing.assert_allclose(found, np.where(np.isnan(found), np.nan, expected), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("texts", "min_words"), [(TEXTS, 100), (SHORT, 9)])
 @pytest.mark.parametrize("resample", [True, False])
 def test_with_the_same_noise_it_takes_what_the_package_takes(
-    package: HashedNgramDSIR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resample: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], min_words: int, resample: bool
 ) -> None:
-    noise = gumbel(IDS, SEED)[WORDS >= 100]
-    monkeypatch.setattr(np.random, "gumbel", lambda size: noise.reshape(size))
+    package = _package(tmp_path, texts, min_words)
+    long_enough = np.load(package.perexample_metadata_dir / "0.npy") >= min_words
+    noise = gumbel(IDS, SEED)[long_enough]
+    monkeypatch.setattr(np.random, "gumbel", lambda *, size: noise.reshape(size))
     package.resample(str(tmp_path / "out"), 60, top_k=not resample)
     taken = {json.loads(line)["id"] for line in (tmp_path / "out" / "0.jsonl").read_text().splitlines()}
-    assert len(taken) == 60
+    assert len(taken) == 60 < long_enough.sum() < N
     budget = int(TABLE.tokens[[i in taken for i in IDS.to_pylist()]].sum())
-    copies = _copies(DSIR(resample=resample), _corpus(7), budget)
+    copies = _copies(DSIR(min_words=min_words, resample=resample), _corpus(7, texts=texts), budget)
     assert set(IDS.filter(pa.array(copies == 1)).to_pylist()) == taken
     assert set(copies) == {0, 1}
 
@@ -133,11 +136,13 @@ def test_short_documents_are_never_taken() -> None:
 
 
 def test_seed_changes_the_draw_and_not_the_largest_weights() -> None:
-    corpus = _corpus()
-    assert (_copies(DSIR(), corpus, seed=1) != _copies(DSIR(), corpus, seed=2)).any()
-    largest = _copies(DSIR(resample=False), corpus, seed=1)
-    np.testing.assert_array_equal(largest, _copies(DSIR(resample=False), corpus, seed=2))
-    weights = _weights(corpus, _derive())
+    corpus = _corpus(texts=SHORT)
+    drawn = [_copies(DSIR(min_words=9), corpus, seed=seed) for seed in (1, 2)]
+    drawn.append(_copies(DSIR(min_words=9, resample=False), corpus))
+    assert all((drawn[i] != drawn[j]).sum() > 3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    largest = _copies(DSIR(resample=False), _corpus(), seed=1)
+    np.testing.assert_array_equal(largest, _copies(DSIR(resample=False), _corpus(), seed=2))
+    weights = _weights(_corpus(), _derive())
     assert weights[largest == 1].min() > np.nanmax(weights[largest == 0])
 
 
@@ -241,8 +246,7 @@ def test_passes_and_law_pickle() -> None:
     law = DSIR().fit(corpus, BUDGET, SEED)
     fold, derive, again = pickle.loads(pickle.dumps((BucketCounts(NgramBuckets()), _derive(), law)))  # noqa: S301
     assert fold.of(batch).equals(BucketCounts(NgramBuckets()).of(batch))
-    for found, expected in ((derive, _derive()), (again.weights, law.weights)):
-        column = expected.of(batch)[LOG_WEIGHT].to_numpy()
-        np.testing.assert_array_equal(found.of(batch)[LOG_WEIGHT].to_numpy(), column)
-    assert set(law.columns) == {DOC_ID, TEXT}
+    column = _derive().of(batch)[LOG_WEIGHT].to_numpy()
+    np.testing.assert_array_equal(derive.of(batch)[LOG_WEIGHT].to_numpy(), column)
+    assert set(law.columns) == {DOC_ID, LOG_WEIGHT}
     np.testing.assert_array_equal(corpus.copies(again), corpus.copies(law))

@@ -122,6 +122,10 @@ def test_quadmix_selects_what_the_pure_functions_say_under_the_scaled_parameters
     assert isinstance(law, Sampled)
     wanted = count_copies(NORMALISED, TABLE.domain_ids, TABLE.tokens, TABLE.doc_ids, law.theta, 4)
     np.testing.assert_array_equal(CORPUS.copies(law), wanted)
+    value = law.expected(CORPUS.table)
+    rest = value - np.floor(value)
+    assert law.sd_tokens == pytest.approx(np.sqrt((TABLE.tokens**2 * rest * (1 - rest)).sum()), rel=1e-5)
+    assert abs(_tokens(wanted) - (TABLE.tokens * value).sum()) <= 3 * law.sd_tokens
     assert law.expected_tokens == pytest.approx(BUDGET, abs=float(TABLE.tokens.max()))
     assert law.theta.omega / THETA.omega == pytest.approx(law.theta.omega[0] / THETA.omega[0])
     assert scale_to_budget(THETA, law.ranks, BUDGET).theta.omega == pytest.approx(law.theta.omega)

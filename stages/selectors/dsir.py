@@ -33,11 +33,13 @@ class DSIR:
     """Draws documents in proportion to p̂/q̂ of their hashed n-grams, p̂ of the target and q̂ of the corpus.
 
     A document's log-weight is the sum of log p̂(bucket) - log q̂(bucket) over its n-grams; those with the largest sum of
-    log-weight and Gumbel noise are taken, which is a draw without replacement. Counts, weights and the shortest
-    document are those of the package. Different from it: documents are taken up to a number of tokens, not of
-    documents; the noise is the document's own (a hash of its id and the seed), so that no selection depends on the
-    order of rows; q̂ is of all documents, not of the first 100,000 x ``n_buckets`` n-grams; and one target is made of
-    all tasks.
+    log-weight and Gumbel noise are taken, which is a draw without replacement. Log-weights of long documents differ by
+    hundreds and the noise by units, so the draw is then nearly the largest log-weights.
+
+    Counts, weights and the shortest document are those of the package. Different from it: documents are taken up to a
+    number of tokens, not of documents; the noise is the document's own (a hash of its id and the seed), so that no
+    selection depends on the order of rows; q̂ is of all documents, not of the first 100,000 x ``n_buckets`` n-grams;
+    and there is one target, never a share of the budget for each of several.
 
     Args:
         tasks: validation tasks that are the target, of which the half is read that a search may see; None takes all.
@@ -85,7 +87,8 @@ class DSIR:
         raw[counts[_BUCKET].to_numpy()] = counts[_COUNT].to_numpy()
         weights = LogWeights(self.features, log_ratio(target, raw), self.min_words)
         key = LargestWeight(seed if self.resample else None)
-        return Weighed(weights, up_to_budget(corpus.with_columns(weights), key, budget_tokens, seed))
+        corpus.add_columns(weights)
+        return up_to_budget(corpus, key, budget_tokens, seed)
 
     def _target_counts(self, corpus: LabelledCorpus) -> NDArray[np.int64]:
         if self.target is not None:
@@ -146,24 +149,6 @@ class LargestWeight:
         """The key of every document [n]."""
         weight = batch[LOG_WEIGHT].to_numpy()
         return -weight if self.seed is None else -(weight + gumbel(batch[DOC_ID], self.seed))
-
-
-@dataclass(frozen=True, eq=False)
-class Weighed:
-    """The law: that of a threshold, for batches that have their text and not yet its log-weight."""
-
-    weights: LogWeights
-    threshold: Law
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that ``copies`` reads."""
-        others = (name for name in self.threshold.columns if name not in self.weights.makes)
-        return tuple(dict.fromkeys([*self.weights.columns, *others]))
-
-    def copies(self, batch: pa.Table) -> NDArray[np.int32]:
-        """Copies of every document [n]."""
-        return self.threshold.copies(batch.append_column(LOG_WEIGHT, self.weights.of(batch)[LOG_WEIGHT]))
 
 
 def gumbel(doc_ids: pa.Array | pa.ChunkedArray, seed: int) -> NDArray[np.float64]:

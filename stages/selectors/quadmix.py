@@ -1,7 +1,7 @@
 """QuaDMix as a selector: parameters that a search found, scaled to the budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.budget import scale_to_budget
 from quadmix_plugin.domain_summary import DomainSummary
+from quadmix_plugin.drawn_tokens import sd_tokens
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, tie_hash
 from quadmix_plugin.labelled_corpus import LabelledCorpus, Law, require_scorers
@@ -45,12 +46,16 @@ class _Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """The law of Eq. 1 to 3 under θ, ranks as frozen in a map; ``expected_tokens`` of the whole corpus."""
+    """The law of Eq. 1 to 3 under θ, ranks as frozen in a map.
+
+    The tokens that are drawn have the mean ``expected_tokens`` and the standard deviation ``sd_tokens``.
+    """
 
     theta: Parameters
     ranks: RankMap
     seed: int
     expected_tokens: float
+    sd_tokens: float = np.nan
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -59,10 +64,14 @@ class Sampled:
 
     def copies(self, batch: pa.Table) -> NDArray[np.int32]:
         """Copies of every document [n]."""
-        ids, hashes = domain_ids(batch, self.theta), hash64(batch[DOC_ID], self.seed)
+        return draw_hashes(self.expected(batch), hash64(batch[DOC_ID], self.seed))
+
+    def expected(self, batch: pa.Table) -> NDArray[np.float64]:
+        """Expected copies of every document [n], Eq. 3."""
+        ids = domain_ids(batch, self.theta)
         merged = merge_quality(read_normalised(batch, self.theta, None), ids, self.theta)
-        rank = self.ranks.rank(merged, ids, tie_hash(hashes) if self.ranks.ties == "hash" else None)
-        return draw_hashes(sampling_value(rank, ids, self.theta), hashes)
+        tie = tie_hash(hash64(batch[DOC_ID], self.seed)) if self.ranks.ties == "hash" else None
+        return sampling_value(self.ranks.rank(merged, ids, tie), ids, self.theta)
 
 
 @dataclass
@@ -110,4 +119,5 @@ class QuaDMix:
         state = corpus.fold(_Histogram(theta, Grid.of(theta, known, self.bins)))
         ranks = RankMap.of_histogram(RankHistogram.from_table(state), self.ties)
         budget = scale_to_budget(theta, ranks, budget_tokens, known.tokens)
-        return Sampled(budget.theta, ranks, seed, budget.expected_tokens)
+        law = Sampled(budget.theta, ranks, seed, budget.expected_tokens)
+        return replace(law, sd_tokens=sd_tokens(corpus, law))

@@ -103,7 +103,7 @@ def read_mixture(path: str, domains: tuple[str, ...]) -> Array:
     except (OSError, ValueError) as error:
         raise InputError(f"mixture: {path}: cannot be read ({error}); give a JSON file, domain to share") from error
     numbers = isinstance(content, dict) and all(type(v) in (int, float) and v >= 0 for v in content.values())
-    if not numbers or not sum(content.values()) > 0:
+    if not numbers or not 0 < sum(content.values()) < np.inf:
         raise InputError(f"mixture: {path}: not an object of shares, of which one is above 0; give domain to share")
     if unknown := [name for name in content if name not in domains]:
         raise InputError(f"mixture: {path}: {unknown[0]!r} is not among the domains {', '.join(domains)}")

@@ -1,7 +1,7 @@
 """SampleMix: every document has a weight of its own, from its quality and from the diversity of its cluster.
 
 Xi et al., "SampleMix: A Sample-wise Pre-training Data Mixing Strategy by Coordinating Data Quality and Diversity",
-arXiv 2503.01506. The passes: embed, sample, assign to clusters, add up each cluster, add up the weights and the variance.
+arXiv 2503.01506. The passes: embed, sample, assign to clusters, add up each cluster, the weights and the variance.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _MOST_COPIES = np.iinfo(np.int32).max
 _DISTANCE_UNIT = 2.0**-28  # distances are at most 2: their sum fits int64 for 17 billion documents
 _REST_UNIT = 2.0**-30  # the sum of the rests fits int64 for 8 billion documents
 _VARIANCE_UNIT = 2.0**20  # tokens²
-_ALIKE = 1e-6
+_ROUNDING = 1e-5  # more than that of a distance to a mean in float32
 
 Array = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ class SampleMix:
         Raises:
             InputError: τ is so small that one document would have all copies.
         """
-        corpus, clusters = clustered(corpus, self._embedder(), self.clusters, self.distance, self.sample, seed)
+        clusters = clustered(corpus, self._embedder(), self.clusters, self.distance, self.sample, seed)
         quality = MeanQuality(tuple(self.quality or corpus.summary.scorers))
         members = corpus.fold(_Members(clusters.columns, quality))
         weights = SoftmaxOfPriority.of_members(members, clusters, quality, self.alpha, self.tau, seed)
@@ -177,7 +177,7 @@ def scaled_diversity(compactness: ArrayLike, separation: ArrayLike) -> Array:
     """Compactness × separation of clusters [K], scaled to 0 … 1; zeros where all are the same but for rounding."""
     product = np.asarray(compactness, dtype=np.float64) * np.asarray(separation, dtype=np.float64)
     span = product.max() - product.min()
-    return (product - product.min()) / span if span > _ALIKE * product.max() else np.zeros(product.size)
+    return (product - product.min()) / span if span > _ROUNDING * np.max(separation) else np.zeros(product.size)
 
 
 @dataclass(frozen=True)
