@@ -185,7 +185,8 @@ def _write_table(
     """The comparison as JSON, Markdown and CSV; returns its rows."""
     table = run.table
     facts = {QUADMIX: {**sizes(table, copies[QUADMIX]), "plugin": QUADMIX}}
-    facts[QUADMIX] |= {"budget_tokens": run.recipe.select.target_tokens, "expected_tokens": _expected_tokens(run)}
+    budget = run.recipe.compare.tokens or run.recipe.select.target_tokens
+    facts[QUADMIX] |= {"budget_tokens": budget, "expected_tokens": _expected_tokens(run)}
     facts |= {each.name: step.read_json(f"{each.folder}/summary.json") for each in contestants}
     overlap = {a: {b: jaccard(table.tokens, copies[a], copies[b]) for b in copies} for a in copies}
     losses = losses_of(results)

@@ -225,6 +225,11 @@ def _check_plugins(recipe: Recipe, path: Path) -> None:
                     f"{path}: compare.selectors.{name}.{key}: {unknown[0]!r} is not among scorers "
                     f"({', '.join(recipe.scorers)})"
                 )
+        if rest.get("exclude_scorers") and recipe.select.theta:
+            raise RecipeError(
+                f"{path}: compare.selectors.{name}.exclude_scorers: {rest['exclude_scorers']} searches anew, and "
+                f"select.theta is given, so there are no proxies to search by; leave one of them out"
+            )
     registry.create("regressors", recipe.search.regressor, recipe.search.options, f"{path}: search.options")
     for name in recipe.search.compared:
         registry.load("regressors", name, f"{path}: search.compared")

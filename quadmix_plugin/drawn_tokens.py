@@ -39,7 +39,7 @@ def mean_tokens(corpus: LabelledCorpus, law: Drawn) -> float:
 
 
 def sd_tokens(corpus: LabelledCorpus, law: Drawn) -> float:
-    """The standard deviation of the drawn tokens: the root of Σ tokens² · f(1 - f), f the fraction of an expectation."""
+    """The standard deviation of the drawn tokens: √ Σ tokens² · f(1 - f), f the fraction of an expectation."""
     return sqrt(_value(corpus.fold(_Sum(law, variance=True))) * _VARIANCE_UNIT)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from proxy_runs import MODEL
+from proxy_runs import write_recipe as write_proxy_recipe
 from small_run import corpus_texts, write_small_recipe
 
 from quadmix_plugin import registry, sample_parameters
 from quadmix_plugin.cli import main
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import RecipeError
-from quadmix_plugin.parameters import ParameterSpace
+from quadmix_plugin.parameters import Parameters, ParameterSpace
 from quadmix_plugin.pipelines import compare
 from quadmix_plugin.pipelines.context import Run, open_run
 from quadmix_plugin.pipelines.plan import make_plan
@@ -156,7 +158,8 @@ def test_models_of_every_selector_and_seed_are_in_the_table(whole: Path) -> None
     assert [row["selector"] for row in read] == names
     assert [float(row["objective"]) for row in read] == [row["objective"] for row in rows.values()]
     page = (whole / "report.html").read_text(encoding="utf-8")
-    assert [name for name in names if f"`{name}`" not in text or name not in page] == []
+    assert [name for name in names if f"| `{name}` |" not in text] == []
+    assert [name for name in SELECTORS if not re.search(f">{name}[ <]", page)] == []
     assert RunDirectory(whole).verify()[1] == []
 
 
@@ -383,6 +386,35 @@ def test_a_budget_of_its_own_is_the_budget_of_all(recipe: Path, out: Path) -> No
     rows = _rows(out)
     assert {name: row["budget"] for name, row in rows.items() if name != "quadmix"} == dict.fromkeys(FEW, 3000)
     assert all(abs(rows[name]["tokens"] - 3000) <= 200 for name in FEW)
+    off = rows["quadmix"]["tokens"] - 3000  # θ*'s selection is as it is, and the table says how far off
+    assert rows["quadmix"]["budget met"].startswith(f"+{off:,} tokens; ")
+
+
+def test_without_selectors_the_table_is_of_theta_alone(recipe: Path, whole: Path, out: Path) -> None:
+    _compare(recipe, out, "compare.selectors={}")
+    assert list(_rows(out)) == ["quadmix"]
+    assert _results(out) == _results(whole)[:2]
+    assert _rows(out)["quadmix"]["objective standing"] == "best"
+
+
+def test_a_search_without_a_scorer_takes_the_proxies_of_the_run(tmp_path: Path) -> None:
+    path = write_proxy_recipe(tmp_path)
+    selectors = {"without": {"selector": "quadmix", "exclude_scorers": ["words"]}, "regmix": SELECTORS["regmix"]}
+    short = ["proxy.number=14", "proxy.repeated=1", "proxy.baselines=0", "search.draws=300", "search.compared=[]",
+             "pretrain.tokens=1000", f"pretrain.options={json.dumps(MODEL)}"]  # fmt: skip
+    _compare(path, tmp_path / "out", *short, "compare.selectors={}")
+    before = _stamps(tmp_path / "out" / "proxies")
+    _compare(path, tmp_path / "out", *short, _only(selectors))
+    out = tmp_path / "out"
+    assert _stamps(out / "proxies") == before
+    alpha = Parameters.load(out / "search" / "without-words" / "theta.json").alpha
+    assert (alpha[:, 1] == 0).all()
+    assert (Parameters.load(out / "search" / "theta.json").alpha[:, 1] > 0).any()
+    assert len(list(_folder(out, "regmix").rglob("proxies/**/*.json"))) == 8
+    assert not (out / "compare" / "pool").exists()  # that of the proxies has every document
+    rows = _rows(out)
+    assert rows["without"]["overlap with quadmix"] < 1
+    assert abs(_table(out)["facts"]["without"]["expected_tokens"] - rows["quadmix"]["tokens"]) < 500
 
 
 def _quadmix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -413,6 +445,10 @@ def test_a_budget_beyond_the_corpus_is_refused_before_anything_is_selected(
         ({"best": {"selector": "top_k", "scorer_name": "S"}}, r"best\.scorer_name: 'S' is not among scorers \(length"),
         ({"criteria_mix": {"scorer_names": ["s", "t"]}}, r"criteria_mix\.scorer_names: 't' is not among"),
         ({"anew": {"selector": "quadmix", "exclude_scorers": ["t"]}}, r"anew\.exclude_scorers: 't' is not among"),
+        (
+            {"anew": {"selector": "quadmix", "exclude_scorers": ["s"]}},
+            r"exclude_scorers: \['s'\] searches anew, and select",
+        ),
         ({"samplemix": {"quality": ["t"]}}, r"samplemix\.quality: 't' is not among"),
         ({"best": {"selector": "top_k", "scorer": "s"}}, r"best\.scorer: unknown key; did you mean 'scorer_name'"),
         ({"best": {"selector": "topk"}}, r"best: no plug-in 'topk' .* did you mean 'top_k'"),

@@ -11,12 +11,13 @@ from scipy.stats import spearmanr
 from small_run import MODELS, corpus_texts
 
 from quadmix_plugin.clusters import Clusters, _Assign, _Embed, _Sample
+from quadmix_plugin.drawn_tokens import _Sum
 from quadmix_plugin.embeddings import HashedWords, ModelEmbeddings
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.labelled_corpus import MemoryCorpus, check_selector
 from quadmix_plugin.sampling import draw_copies
 from quadmix_plugin.schema import ScoreTable
-from quadmix_plugin.stages.selectors.samplemix import SampleMix, SoftmaxOfPriority, _Members, _Sum, scaled_diversity
+from quadmix_plugin.stages.selectors.samplemix import SampleMix, SoftmaxOfPriority, _Members, scaled_diversity
 
 N = 900
 RNG = np.random.default_rng(6)

@@ -6,7 +6,6 @@ arXiv 2503.01506. The passes: embed, sample, assign to clusters, add up each clu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import ClassVar, Self
 
 import numpy as np
@@ -15,21 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.clusters import Clusters, Distance, clustered
 from quadmix_plugin.domain_summary import DomainSummary
+from quadmix_plugin.drawn_tokens import mean_tokens, sd_tokens
 from quadmix_plugin.embeddings import WORD_DIMENSIONS, Embedder, HashedWords, ModelEmbeddings
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.labelled_corpus import LabelledCorpus, require_scorers
 from quadmix_plugin.sampling import draw_copies
-from quadmix_plugin.schema import DOC_ID, TOKENS
-from quadmix_plugin.stages.score_columns import read_numbers
+from quadmix_plugin.schema import DOC_ID
 from quadmix_plugin.stages.selectors.top_k import MeanQuality
 
 _CLUSTER, _DOCUMENTS, _DISTANCE, _LOW, _HIGH = "cluster", "documents", "distance", "low", "high"
-_WHOLE, _REST = "whole", "rest"
-
 _MOST_COPIES = np.iinfo(np.int32).max
 _DISTANCE_UNIT = 2.0**-28  # distances are at most 2: their sum fits int64 for 17 billion documents
-_REST_UNIT = 2.0**-30  # the sum of the rests fits int64 for 8 billion documents
-_VARIANCE_UNIT = 2.0**20  # tokens²
 _ROUNDING = 1e-5  # more than that of a distance to a mean in float32
 
 Array = NDArray[np.float64]
@@ -104,13 +99,13 @@ class SampleMix:
         quality = MeanQuality(tuple(self.quality or corpus.summary.scorers))
         members = corpus.fold(_Members(clusters.columns, quality))
         weights = SoftmaxOfPriority.of_members(members, clusters, quality, self.alpha, self.tau, seed)
-        total = _value(corpus.fold(_Sum(weights)))
+        total = mean_tokens(corpus, weights)
         if budget_tokens >= _MOST_COPIES * total:
             raise InputError(
                 f"tau: {self.tau} gives single documents {_MOST_COPIES:,} copies and more; raise tau, such as to 0.2"
             )
         law = replace(weights, scale=budget_tokens / total, expected_tokens=float(budget_tokens))
-        return replace(law, sd_tokens=sqrt(_value(corpus.fold(_Sum(law, variance=True))) * _VARIANCE_UNIT))
+        return replace(law, sd_tokens=sd_tokens(corpus, law))
 
     def _embedder(self) -> Embedder:
         return ModelEmbeddings(self.model, self.revision) if self.model else HashedWords(self.dimensions)
@@ -212,35 +207,3 @@ def _by_cluster(
     np.minimum.at(lowest, at, low)
     np.maximum.at(highest, at, high)
     return pa.table({_CLUSTER: present, _DOCUMENTS: sums[0], _DISTANCE: sums[1], _LOW: lowest, _HIGH: highest})
-
-
-@dataclass(frozen=True, eq=False)
-class _Sum:
-    """Fold: expected tokens of all documents under a law, or the variance of the drawn tokens in units.
-
-    A sum of integers: the whole parts, and the rests in units of 2^-30.
-    """
-
-    law: SoftmaxOfPriority
-    variance: bool = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (TOKENS, *self.law.columns)
-
-    def of(self, batch: pa.Table) -> pa.Table:
-        tokens, copies = read_numbers(batch, TOKENS).astype(np.float64), self.law.expected(batch)
-        values = tokens * copies
-        if self.variance:
-            drawn = copies - np.floor(copies)
-            values = tokens**2 * drawn * (1 - drawn) / _VARIANCE_UNIT
-        whole = np.floor(values)
-        rest = np.rint((values - whole) / _REST_UNIT)
-        return pa.table({_WHOLE: [int(whole.astype(np.int64).sum())], _REST: [int(rest.astype(np.int64).sum())]})
-
-    def merge(self, states: Sequence[pa.Table]) -> pa.Table:
-        return pa.table({name: [sum(int(s[name].to_numpy().sum()) for s in states)] for name in (_WHOLE, _REST)})
-
-
-def _value(state: pa.Table) -> float:
-    return state[_WHOLE][0].as_py() + state[_REST][0].as_py() * _REST_UNIT
