@@ -146,7 +146,7 @@ def _select(run: Run, step: Step, contestant: Contestant) -> None:
     facts = sizes(run.table, copies_of(run, step, contestant))
     if not facts["copies"]:
         raise InputError(f"compare.selectors.{contestant.name}: no document is selected; raise compare.tokens")
-    expected = {name: getattr(law, name, None) for name in ("expected_tokens", "sd_tokens")}
+    expected = {name: getattr(law, name, None) for name in ("expected_tokens", "sd_tokens", "facts")}
     seconds = round(time.monotonic() - started, 2)
     summary = {"plugin": contestant.plugin, "budget_tokens": contestant.budget, "seconds": seconds, **facts, **expected}
     step.write_json(path, summary)

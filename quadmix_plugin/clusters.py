@@ -39,11 +39,12 @@ class Clusters:
     """Centroids [K, d] float32 and the distance by which a vector belongs to one of them.
 
     ``distance``: ``euclidean``, |x - c|, or ``cosine``, 1 - x·c; for the latter vectors have length one, as embedders
-    give them, and so have the centroids.
+    give them, and so have the centroids. ``library``: which one fitted them.
     """
 
     centroids: Vectors
     distance: Distance = "euclidean"
+    library: str = ""
 
     @classmethod
     def fit(cls, sample: Vectors, k: int, distance: Distance = "euclidean", seed: int = 0) -> Self:
@@ -71,7 +72,7 @@ class Clusters:
         if distance == "cosine":
             lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
             centroids = centroids / np.where(lengths > 0, lengths, 1)
-        return cls(np.ascontiguousarray(centroids, dtype=np.float32), distance)
+        return cls(np.ascontiguousarray(centroids, dtype=np.float32), distance, name)
 
     @property
     def columns(self) -> tuple[str, str]:

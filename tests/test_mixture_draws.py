@@ -8,7 +8,6 @@ from quadmix_plugin.search.mixture_draws import MixtureDraws
 
 PRIOR = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
 FLAT = np.sqrt(PRIOR) / np.sqrt(PRIOR).sum()
-ALIKE = {"weakest": 200.0, "strongest": 200.0}  # one high concentration: draws lie closely around the flattened prior
 
 
 @pytest.mark.parametrize("prior", [PRIOR, np.full(20, 0.05), np.array([0.7, 0.3])])
@@ -58,6 +57,8 @@ def test_shares_below_the_least_are_nothing() -> None:
     positive = mixtures[mixtures > 0]
     assert positive.min() == pytest.approx(0.01)
     assert (mixtures == 0).mean() > 0.1
+    alike = MixtureDraws(temperature=1, least=0.01, weakest=1e6, strongest=1e6)
+    np.testing.assert_array_equal(alike.draw(np.array([0.993, 0.007]), 1, seed=5), [[1, 0]])  # not rounded up to .01
 
 
 @pytest.mark.parametrize("number", [16, 64])
@@ -76,7 +77,9 @@ def test_more_concentrated_draws_are_nearer_the_flattened_prior() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 def test_the_mean_of_many_alike_is_the_prior_to_the_power_of_the_temperature(temperature: float) -> None:
-    mixtures = MixtureDraws(temperature=temperature, most_repeats=100, **ALIKE).draw(PRIOR, 1000, seed=7)
+    mixtures = MixtureDraws(temperature=temperature, most_repeats=100, weakest=200, strongest=200).draw(
+        PRIOR, 1000, seed=7
+    )
     expected = PRIOR**temperature / (PRIOR**temperature).sum()
     np.testing.assert_allclose(mixtures.mean(axis=0), expected, atol=0.006)
 

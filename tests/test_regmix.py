@@ -252,6 +252,8 @@ def test_shares_that_sum_to_one_but_for_rounding_are_shares_all_the_same() -> No
     copies = expected_copies(np.array([[0.4999, 0.4999]]), sizes, 50)
     np.testing.assert_allclose(copies * sizes / (copies * sizes).sum(), [[0.5, 0.5]])
     assert copies.max() <= 1.001  # of the domain that is used up
+    more = expected_copies(np.array([[0.4, 0.4]]), sizes, 1_000) * sizes
+    assert more.sum() == pytest.approx(1_100)
 
 
 def test_a_domain_without_tokens_is_expected_nothing_of() -> None:

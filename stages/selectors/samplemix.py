@@ -5,8 +5,8 @@ arXiv 2503.01506. The passes: embed, sample, assign to clusters, add up each clu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +117,7 @@ class SoftmaxOfPriority:
 
     ``diversity`` [K] of the clusters, NaN of one without documents; ``best`` and ``worst``: the ends of the mean σ;
     ``largest``: the largest p of a document, which is expected to have ``scale`` copies. The tokens that are drawn have
-    the mean ``expected_tokens`` and the standard deviation ``sd_tokens``.
+    the mean ``expected_tokens`` and the standard deviation ``sd_tokens``. ``facts``: what a reader should know of the fit.
     """
 
     diversity: Array
@@ -132,6 +132,7 @@ class SoftmaxOfPriority:
     scale: float = 1.0
     expected_tokens: float = np.nan
     sd_tokens: float = np.nan
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_members(
@@ -144,7 +145,8 @@ class SoftmaxOfPriority:
         diversity = np.full(len(clusters.centroids), np.nan)
         diversity[present] = scaled_diversity(compactness, separation)
         best, worst = float(low.min()), float(high.max())
-        law = cls(diversity, best, worst, 0.0, quality, clusters.columns[0], alpha, tau, seed)
+        facts = {"k_means": clusters.library, "clusters_with_documents": int(present.size)}
+        law = cls(diversity, best, worst, 0.0, quality, clusters.columns[0], alpha, tau, seed, facts=facts)
         return replace(law, largest=float(law.priority(present, low).max()))
 
     @property
