@@ -61,8 +61,8 @@ class Derive(Protocol):
 class Law(Protocol):
     """A fitted selection: gives each document of a batch its copies, whatever batch it is in. Instances are pickled.
 
-    A law whose draws scatter may have ``expected_tokens`` and ``sd_tokens``, floats, of the tokens that it selects; any may
-    have ``facts``, plain values that are kept beside the selection.
+    A law whose draws scatter may have ``expected_tokens`` and ``sd_tokens``, floats, of the tokens that it selects; any
+    may have ``facts``, plain values that are kept beside the selection.
     """
 
     @property

@@ -117,7 +117,7 @@ class SoftmaxOfPriority:
 
     ``diversity`` [K] of the clusters, NaN of one without documents; ``best`` and ``worst``: the ends of the mean σ;
     ``largest``: the largest p of a document, which is expected to have ``scale`` copies. The tokens that are drawn have
-    the mean ``expected_tokens`` and the standard deviation ``sd_tokens``. ``facts``: what a reader should know of the fit.
+    the mean ``expected_tokens`` and the standard deviation ``sd_tokens``. ``facts``: what else to know of the fit.
     """
 
     diversity: Array
