@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 from nemo_curator.pipeline import Pipeline
+from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch, Task
 
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.labelled_corpus import Derive, Fold, Law, MixtureTrainer, texts_of
+from quadmix_plugin.models import choose_device
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.label import run_over_documents
@@ -64,7 +66,11 @@ class RunCorpus:
         shards = self.run.label_shards
         todo = [shard for shard in shards if self.step.entry(f"{made.folder}/{shard}.parquet") is None]
         if todo:
-            stages = [self._read(derive.columns), DeriveBatches(self.step, made.folder, derive)]
+            device = choose_device(self.run.recipe.executor.device) if hasattr(derive, "on_device") else "cpu"
+            placed = derive.on_device(device) if hasattr(derive, "on_device") else derive  # type: ignore[attr-defined]
+            stage = DeriveBatches(self.step, made.folder, placed)
+            stage.resources = Resources(cpus=1.0, gpus=1.0 if device.startswith("cuda") else 0.0)
+            stages = [self._read(derive.columns), stage]
             if TEXT in derive.columns:
                 run_over_documents(self.run, stages, frozenset(shards) - frozenset(todo))
             else:

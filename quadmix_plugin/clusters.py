@@ -5,7 +5,7 @@ Which library fits them depends on what is installed; which cluster a vector is 
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.util import find_spec
 from math import sqrt
@@ -140,6 +140,11 @@ class _Embed:
     embedder: Embedder
     columns: tuple[str, ...] = (TEXT,)
     makes: tuple[str, ...] = (EMBEDDING,)
+
+    def on_device(self, device: str) -> Self:
+        """The same on a device, where the embedder can be told."""
+        embedder: Any = self.embedder
+        return replace(self, embedder=replace(embedder, device=device)) if hasattr(embedder, "device") else self
 
     def of(self, batch: pa.Table) -> pa.Table:
         return pa.table({EMBEDDING: to_column(self.embedder.embed(batch[TEXT].to_pylist()))})

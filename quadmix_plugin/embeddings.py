@@ -27,7 +27,7 @@ dimensions; a random projection of many more words to as few did no better, and 
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors; instances are pickled."""
+    """Turns texts into vectors; instances are pickled. One with a field ``device`` can be told where to run."""
 
     def check(self) -> None:
         """Raises InputError for what is known to be wrong before the first text."""
@@ -78,12 +78,13 @@ class HashedWords:
 class ModelEmbeddings(DocumentModel):
     """The mean of an encoder's last hidden states over a text's tokens, scaled to length one.
 
-    Options are those of ``DocumentModel``. The model is loaded at the first text, once in every process, on a GPU where
-    there is one.
+    Options are those of ``DocumentModel``, and ``device``. The model is loaded at the first text, once per process.
 
     Raises:
         InputError: no such model, or one that has a decoder of its own.
     """
+
+    device: str = "auto"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _one_per_process, astuple(self)
@@ -110,7 +111,7 @@ class ModelEmbeddings(DocumentModel):
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors of length one [n, d]; zero for a blank text."""
         if self._runner is None:
-            self.setup("auto")
+            self.setup(self.device)
         if not texts:
             return np.empty((0, self._network.config.hidden_size), dtype=np.float32)
         vectors = self.run(texts)

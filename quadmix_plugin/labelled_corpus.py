@@ -41,7 +41,10 @@ class Fold(Protocol):
 
 
 class Derive(Protocol):
-    """A pass that makes columns, which later passes read as if the corpus had them. Instances are pickled."""
+    """A pass that makes columns, which later passes read as if the corpus had them. Instances are pickled.
+
+    One that can use a GPU has ``on_device(device)``, which gives the same pass for ``cpu``, ``cuda`` or ``cuda:N``.
+    """
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from sklearn.feature_extraction import FeatureHasher
 from small_run import MODELS, corpus_texts
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
+from quadmix_plugin.clusters import _Embed
 from quadmix_plugin.embeddings import HashedWords, ModelEmbeddings, from_column, to_column
 from quadmix_plugin.errors import InputError
 
@@ -119,3 +120,11 @@ def test_columns_give_the_vectors_back(tmp_path):
         np.testing.assert_array_equal(from_column(each["embedding"]), vectors)
         np.testing.assert_array_equal(from_column(each.slice(13, 9)["embedding"]), vectors[13:22])
         assert from_column(each.slice(0, 0)["embedding"]).shape == (0, 8)
+
+
+def test_a_pass_that_embeds_by_a_model_can_be_told_its_device():
+    by_model = _Embed(ModelEmbeddings(str(MODELS / "fineweb-edu"))).on_device("cpu")
+    assert by_model.embedder.device == "cpu"  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(by_model.embedder)).device == "cpu"  # noqa: S301
+    by_words = _Embed(HashedWords())
+    assert by_words.on_device("cuda") is by_words
