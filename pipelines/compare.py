@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from quadmix_plugin import registry
 from quadmix_plugin.comparison import Selected, comparison_rows, to_csv, to_markdown
 from quadmix_plugin.config import selector_plugin
+from quadmix_plugin.drawn_tokens import sd_tokens
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.labelled_corpus import check_selector
+from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.benchmarks import evaluate_models
 from quadmix_plugin.pipelines.context import Run, fingerprint, foreign
 from quadmix_plugin.pipelines.export import export_selection
@@ -25,8 +27,10 @@ from quadmix_plugin.pipelines.pretrain import Trained, train_selections
 from quadmix_plugin.pipelines.run_corpus import RunCorpus
 from quadmix_plugin.pipelines.select import QUADMIX, copies_by_row, selected_copies, sizes
 from quadmix_plugin.proxy.parts import LOSS_PREFIX
+from quadmix_plugin.rank_map import RankMap
 from quadmix_plugin.schema import COPIES, DOC_ID
 from quadmix_plugin.search.gain import jaccard
+from quadmix_plugin.stages.selectors.quadmix import Sampled
 from quadmix_plugin.store import Step, content_key
 
 logger = logging.getLogger(__name__)
@@ -186,7 +190,7 @@ def _write_table(
     table = run.table
     facts = {QUADMIX: {**sizes(table, copies[QUADMIX]), "plugin": QUADMIX}}
     budget = run.recipe.compare.tokens or run.recipe.select.target_tokens
-    facts[QUADMIX] |= {"budget_tokens": budget, "expected_tokens": _expected_tokens(run)}
+    facts[QUADMIX] |= {"budget_tokens": budget, **_draws_of_theta(run, step)}
     facts |= {each.name: step.read_json(f"{each.folder}/summary.json") for each in contestants}
     overlap = {a: {b: jaccard(table.tokens, copies[a], copies[b]) for b in copies} for a in copies}
     losses = losses_of(results)
@@ -203,8 +207,14 @@ def _write_table(
     return rows
 
 
-def _expected_tokens(run: Run) -> float:
-    return float(run.step("select").read_json("selection/summary.json")["expected"]["expected_tokens"])
+def _draws_of_theta(run: Run, step: Step) -> dict[str, float]:
+    """Mean and standard deviation of the tokens of θ*'s selection over the draws of copies."""
+    select = run.require("select")
+    expected = float(select.read_json("selection/summary.json")["expected"]["expected_tokens"])
+    theta = Parameters.from_dict(select.read_json("selection/theta.json"))
+    ranks = RankMap.from_table(select.read_table("selection/rank_map.parquet"))
+    law = Sampled(theta, ranks, run.recipe.seed, expected)
+    return {"expected_tokens": expected, "sd_tokens": sd_tokens(RunCorpus(run, step, "compare"), law)}
 
 
 def losses_of(results: pa.Table) -> dict[str, dict[str, list[float]]]:
