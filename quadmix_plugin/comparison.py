@@ -93,11 +93,13 @@ def budget_met(facts: Mapping[str, Any], largest: int) -> str:
     expected, sd = facts.get("expected_tokens"), facts.get("sd_tokens")
     if budget is None:
         return "sets the budget"
-    off = f"{tokens - budget:+,} tokens"
+    off, documents = f"{tokens - budget:+,} tokens", abs(tokens - budget) / largest
+    if expected is None and documents <= 1:
+        return f"{off}, within one document"
+    if expected is None and documents <= len(facts["domain_tokens"]):
+        return f"{off}, within one document of each domain"
     if expected is None:
-        return (
-            f"{off}, within one document" if abs(tokens - budget) <= largest else f"{off}, within one document a group"
-        )
+        return f"{off}: missed by {tokens / budget - 1:+.1%}"
     if sd is None or sd <= 0:
         return f"{off}; {expected - budget:+,.0f} in expectation"
     sigmas = abs(tokens - budget) / sd

@@ -121,8 +121,8 @@ def test_sizes_are_what_was_selected_and_trained_on() -> None:
     [
         (_facts(6_100), "+100 tokens, within one document"),
         (_facts(5_600), "-400 tokens, within one document"),
-        (_facts(6_401), "+401 tokens, within one document a group"),
-        (_facts(8_000, expected_tokens=None, sd_tokens=None), "+2,000 tokens, within one document a group"),
+        (_facts(6_401), "+401 tokens, within one document of each domain"),
+        (_facts(8_000, expected_tokens=None, sd_tokens=None), "+2,000 tokens: missed by +33.3%"),
         (_facts(6_300, expected_tokens=6_000.0, sd_tokens=150.0), "+300 tokens, 2.0σ of its draws"),
         (_facts(6_600, expected_tokens=6_000.0, sd_tokens=150.0), "+600 tokens, 4.0σ of its draws: beyond 3σ"),
         (_facts(6_300, expected_tokens=6_010.4, sd_tokens=None), "+300 tokens; +10 in expectation"),
