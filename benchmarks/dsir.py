@@ -57,10 +57,7 @@ def quadmix(folder: Path, name: str, n_buckets: int, min_words: int) -> Callable
     law = selector.fit(corpus, int(tokens.sum()) // 10, seed=0)
     pq.write_table(corpus.table.filter(pa.array(corpus.copies(law) > 0)), folder / f"{name}-selected.parquet")
 
-    def weights() -> Weights:
-        return law.weights.of(corpus.table)[LOG_WEIGHT].to_numpy()
-
-    return weights
+    return corpus.table[LOG_WEIGHT].to_numpy
 
 
 def package(folder: Path, name: str, n_buckets: int, min_words: int, by_re: bool = False) -> Callable[[], Weights]:

@@ -130,8 +130,9 @@ def _folder(out: Path, name: str) -> Path:
     return found
 
 
-def _stamps(*folders: Path) -> dict[str, tuple[int, bytes]]:
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+def _stamps(*places: Path) -> dict[str, tuple[int, bytes]]:
+    """When these files, or those in these folders, were written, and what is in them."""
+    files = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -289,11 +290,12 @@ def test_what_is_lost_is_made_again_and_the_same(recipe: Path, whole: Path, out:
     folder = _folder(out, "dsir")
     shard = sorted((folder / "selection").glob("*.parquet"))[2].name
     _forget(out, "_SUCCESS", *(f"compare/{folder.name}/{name.format(shard=shard)}" for name in lost))
-    kept = _stamps(*(_folder(out, name) for name in SELECTORS if name != "dsir"))
+    others = [_folder(out, name) for name in SELECTORS if name != "dsir"]
+    kept = _stamps(*others, folder / "models" / "dsir-2", *(folder / "columns").rglob("*.parquet"))
     _compare(recipe, out)
     assert _made(out) == _made(whole)
     assert _results(out) == _results(whole)
-    assert _stamps(*(_folder(out, name) for name in SELECTORS if name != "dsir")) == kept
+    assert _stamps(*map(Path, kept)) == kept
     assert RunDirectory(out).verify()[1] == []
 
 

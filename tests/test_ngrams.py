@@ -83,12 +83,23 @@ def test_only_new_ngrams_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hashed[6:] == [b"sat", b"cat sat"]
 
 
+def test_nothing_is_hashed_twice_however_much_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, hashed = NgramBuckets(9_997), []
+    monkeypatch.setattr(ngrams, "_AT_ONCE", 1)
+    monkeypatch.setattr(ngrams, "sha256", lambda text: hashed.append(text) or sha256(text))
+    features.counts(TEXTS)
+    assert len(hashed) == len(set(hashed)) > 10_000
+
+
 def test_threads_do_not_share_what_they_remember() -> None:
-    parts = [TEXTS[i::8] for i in range(8)] * 4
+    features = NgramBuckets()
+    parts = [TEXTS[i::8] for i in range(8)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(NgramBuckets().counts, parts))
+        found = list(threads.map(features.counts, parts))
+        elsewhere = threads.submit(ngrams._memory, features).result()
     for part, counts in zip(parts, found, strict=True):
         np.testing.assert_array_equal(counts, sum(get_ngram_counts(text) for text in part))
+    assert ngrams._memory(features) is not elsewhere
 
 
 def test_log_ratio_is_smoothed_as_in_the_package() -> None:
