@@ -20,9 +20,8 @@ from quadmix_plugin.kernels import interning
 
 SMOOTHING = 1e-8
 _AT_ONCE = 1 << 20  # characters
-_REMEMBERED = (
-    1 << 22
-)  # n-grams of one length; about 35 bytes each, with the text of those that longer ones need about 120
+# N-grams of one length; about 35 bytes each, with the text of those that longer ones need about 120.
+_REMEMBERED = 1 << 22
 _thread = threading.local()
 
 
