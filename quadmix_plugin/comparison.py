@@ -15,6 +15,7 @@ from quadmix_plugin.search.gain import weighted
 from quadmix_plugin.verdict import OBJECTIVE, compare
 
 _SIGMAS = 3.0
+_REFERENCE = "quadmix"  # θ*'s own selection
 
 Rows = list[dict[str, Any]]
 
@@ -69,10 +70,18 @@ def comparison_rows(
         row["copies per document"] = facts["epochs"]
         row["training epochs"] = trained_tokens / facts["tokens"]
         row["overlap with quadmix"] = each.overlap
+        row["against quadmix"] = _against(measures.get(_REFERENCE, {}), measures[each.name])
         row["budget"] = facts.get("budget_tokens")
         row["budget met"] = budget_met(facts, largest)
         rows.append(row)
     return rows
+
+
+def _against(reference: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]]) -> str:
+    """How the objective of a selection stands to that of θ*: "better", "near-tie", "unclear", "worse" or "unknown"."""
+    if OBJECTIVE not in reference:
+        return "unknown"
+    return compare(own[OBJECTIVE], reference[OBJECTIVE]).outcome
 
 
 def _measures(losses: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> dict[str, list[float]]:
@@ -123,7 +132,13 @@ def to_markdown(
     if same := [task for task in tasks[1:] if all(row[task] == row[OBJECTIVE] for row in rows)]:
         titles = {task: title for task, title in titles.items() if task != OBJECTIVE}
         titles[same[0]] += " (the objective)"
-    losses = [[_code(row["selector"]), row["method"], *(_loss(row, task) for task in titles)] for row in ordered]
+    losses = [
+        [
+            _code(row["selector"]), row["method"], *(_loss(row, task) for task in titles),
+            "–" if row["selector"] == _REFERENCE else row["against quadmix"],
+        ]
+        for row in ordered
+    ]  # fmt: skip
     sizes = [
         [
             _code(row["selector"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['unique_tokens']:,}",
@@ -136,12 +151,13 @@ def to_markdown(
     shares = [[domain, *(f"{100 * _share(facts[name], domain):.1f}" for name in names)] for domain in domains]
     return "\n\n".join(
         [
-            _markdown(["selection", "method", *titles.values()], losses),
+            _markdown(["selection", "method", *titles.values(), "against θ*"], losses),
             "Loss in nats per token, mean ± standard deviation over "
             f"{rows[0]['seeds']} seeds; lower is better"
             + ("; benchmarks by lm-evaluation-harness: higher is better. " if benchmarks else ". ")
             + "**Bold**: the best mean. ≈: a near-tie with it (less than one pooled standard deviation). "
-            "?: not settled by these seeds. Others are worse, outside the noise.",
+            "?: not settled by these seeds. Others are worse, outside the noise. Against θ*: the "
+            "objective, likewise held against that of `quadmix`.",
             _markdown(
                 ["selection", "documents", "tokens", "unique tokens", "copies each", "training epochs", "budget"],
                 sizes,

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from proxy_runs import MODEL
 from proxy_runs import write_recipe as write_proxy_recipe
-from small_run import corpus_texts, write_small_recipe
+from small_run import MODELS, corpus_texts, write_small_recipe
+from tokenizers import Tokenizer
 
 from quadmix_plugin import registry, sample_parameters
 from quadmix_plugin.cli import main
@@ -24,8 +25,10 @@ from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.parameters import Parameters, ParameterSpace
 from quadmix_plugin.pipelines import compare
 from quadmix_plugin.pipelines.context import Run, open_run
+from quadmix_plugin.pipelines.mixtures import MixtureProxies
 from quadmix_plugin.pipelines.plan import make_plan
 from quadmix_plugin.pipelines.run import run_comparison, run_steps, steps_until
+from quadmix_plugin.pipelines.run_corpus import RunCorpus
 from quadmix_plugin.store import RunDirectory
 
 N = 900
@@ -389,7 +392,7 @@ def test_a_budget_of_its_own_is_the_budget_of_all(recipe: Path, out: Path) -> No
     assert {name: row["budget"] for name, row in rows.items() if name != "quadmix"} == dict.fromkeys(FEW, 3000)
     assert all(abs(rows[name]["tokens"] - 3000) <= 200 for name in FEW)
     off = rows["quadmix"]["tokens"] - 3000  # θ*'s selection is as it is, and the table says how far off
-    assert rows["quadmix"]["budget met"].startswith(f"+{off:,} tokens; ")
+    assert rows["quadmix"]["budget met"].startswith(f"+{off:,} tokens")
 
 
 def test_without_selectors_the_table_is_of_theta_alone(recipe: Path, whole: Path, out: Path) -> None:
@@ -528,6 +531,37 @@ def test_the_plan_lists_the_comparison_and_whether_it_is_of_these_selectors(reci
     fresh = row(recipe.parent / "none", _only({**FEW, "regmix": SELECTORS["regmix"]}))
     assert fresh["state"] == "to do"
     assert fresh["work"] == "random, best, regmix: 6 models, 8 proxies of regmix"
+
+
+def test_losses_of_mixtures_are_in_the_order_of_the_mixtures_and_nan_where_one_failed(recipe: Path, out: Path) -> None:
+    with open_run(load_recipe(recipe), out) as run:
+        step, folder = run.step("compare"), _folder(out, "regmix").relative_to(out)
+        paths = [str(path.relative_to(out)) for path in sorted((out / folder / "proxies").rglob("*.json"))]
+        expected = [step.read_json(path)["losses"]["mmlu"] for path in paths]
+        proxies = MixtureProxies(run, step, str(folder))
+        mixtures = np.full((8, 3), 1 / 3)  # all are trained, so it does not matter which they are
+        assert proxies(mixtures, seed=0)["mmlu"].tolist() == expected
+        step.write_json(paths[2], {"proxy": 2, "kind": "mixture", "seed": 1, "failure": "diverged", "final": True})
+        found = proxies(mixtures, seed=0)["mmlu"]
+        assert np.flatnonzero(np.isnan(found)).tolist() == [2]
+        assert np.delete(found, 2).tolist() == expected[:2] + expected[3:]
+
+
+def test_the_target_is_of_the_questions_on_which_one_may_search(recipe: Path, whole: Path) -> None:
+    with open_run(load_recipe(recipe), whole) as run:
+        corpus = RunCorpus(run, run.step("compare"), "compare/none")
+        texts, mmlu = corpus.target_texts(), corpus.target_texts(["mmlu"])
+        lines = (recipe.parent / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        judged = pq.read_table(whole / "pretrain" / "validation.parquet").to_pylist()
+    assert 0 < len(mmlu) < len(texts) < len(rows)
+    assert set(mmlu) <= {f"{row['prompt']} {row['response']}" for row in rows if row["task"] == "mmlu"}
+    tokenizer = Tokenizer.from_file(str(MODELS / "tokenizer" / "tokenizer.json"))
+    ends = {part: [tokenizer.decode(row["ids"]).strip() for row in judged if row["part"] == part]
+            for part in ("search", "report")}  # fmt: skip
+    assert [end for end in ends["search"] if not any(text.endswith(end) for text in texts)] == []
+    assert [end for end in ends["report"] if any(text.endswith(end) for text in texts)] == []
+    assert min(map(len, ends.values())) == 12
 
 
 def test_regmix_trains_its_proxies_once(recipe: Path, whole: Path, out: Path) -> None:

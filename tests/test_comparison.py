@@ -107,6 +107,14 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:5]] == ["`quadmix`", "`random`", "`diverged`"]
 
 
+def test_every_selection_is_held_against_that_of_theta_too() -> None:
+    ours = [2.0, 2.1, 2.2]
+    rivals = {"ahead": [1.0, 1.1, 1.2], "tied": [2.05, 2.15, 2.25], "behind": [3.0, 3.1, 3.2]}
+    rows = _rows([_selected("quadmix", {"t": ours}), *(_selected(name, {"t": each}) for name, each in rivals.items())])
+    assert [rows[name]["against quadmix"] for name in rivals] == ["better", "near-tie", "worse"]
+    assert _rows([_selected("ahead", {"t": ours})])["ahead"]["against quadmix"] == "unknown"
+
+
 def test_sizes_are_what_was_selected_and_trained_on() -> None:
     row = _rows()["near"]
     assert (row["documents"], row["copies"], row["tokens"], row["unique_tokens"]) == (50, 60, 6_100, 5_000)
@@ -157,13 +165,17 @@ def test_markdown_has_losses_sizes_overlaps_and_shares_of_all_the_best_first() -
     text = to_markdown(list(rows.values()), *_facts_and_overlap(rows))
     losses, sizes, overlaps, shares = _tables(text)
     order = ["`quadmix`", "`near`", "`between`", "`far`"]
-    assert losses[0] == ["selection", "method", "objective loss", "mmlu loss", "arc loss"]
+    assert losses[0] == ["selection", "method", "objective loss", "mmlu loss", "arc loss", "against θ*"]
     assert set(losses[1]) == {"---"}
     for table in (losses, sizes, overlaps):
         assert [row[0] for row in table[2:]] == order
     assert losses[2][2:4] == ["**3.2100 ± 0.1000**", "**3.0000 ± 0.1000**"]
     assert [row[3] for row in losses[3:]] == ["3.0500 ± 0.1000 ≈", "3.1500 ± 0.1000 ?", "4.0000 ± 0.1000"]
     assert losses[5][4] == "**1.1000 ± 0.1000**"
+    assert [row[5] for row in losses[2:]] == [
+        "–",
+        *(rows[name]["against quadmix"] for name in ("near", "between", "far")),
+    ]
     assert "over 3 seeds" in text
     assert sizes[2] == ["`quadmix`", "50", "6,100", "5,000", "1.22", "1.97", "+100 tokens, within one document"]
     assert overlaps[0][1:] == order
@@ -175,7 +187,7 @@ def test_markdown_has_losses_sizes_overlaps_and_shares_of_all_the_best_first() -
 def test_a_single_task_that_counts_is_told_once() -> None:
     rows = _rows(weights={"mmlu": 1.0})
     losses = _tables(to_markdown(list(rows.values()), *_facts_and_overlap(rows)))[0]
-    assert losses[0] == ["selection", "method", "mmlu loss (the objective)", "arc loss"]
+    assert losses[0] == ["selection", "method", "mmlu loss (the objective)", "arc loss", "against θ*"]
     assert losses[2][2] == "**3.0000 ± 0.1000**"
 
 
@@ -188,7 +200,7 @@ def test_of_a_benchmark_the_highest_is_the_best() -> None:
     assert rows["near"]["arc_easy"] == pytest.approx(0.315)
     assert all(row["objective"] == row["mmlu"] for row in rows.values())  # benchmarks are no part of it
     text = to_markdown(list(rows.values()), *_facts_and_overlap(rows), benchmarks=["arc_easy"])
-    assert _tables(text)[0][0][2:] == ["mmlu loss (the objective)", "arc_easy"]
+    assert _tables(text)[0][0][2:] == ["mmlu loss (the objective)", "arc_easy", "against θ*"]
     assert "higher is better" in text
     assert _tables(text)[0][4][3] == "**0.5100 ± 0.0100**"
 
@@ -208,7 +220,7 @@ def test_bars_in_names_are_no_borders() -> None:
     losses, sizes, overlaps, shares = _tables(to_markdown(list(rows.values()), facts, overlap))
     for table in (losses, sizes, overlaps, shares):
         assert len({len(row) for row in table}) == 1
-    assert losses[0] == ["selection", "method", "a|b loss (the objective)"]
+    assert losses[0] == ["selection", "method", "a|b loss (the objective)", "against θ*"]
     assert losses[3][0] == sizes[3][0] == overlaps[0][2] == f"`{name}`"
     assert shares[2] == [domain, "100.0", "100.0"]
 
