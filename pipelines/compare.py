@@ -106,6 +106,8 @@ def check(run: Run, contestants: Sequence[Contestant]) -> None:
     for each in contestants:
         try:
             check_selector(each.selector, run.summary, each.budget)
+            if tasks := getattr(each.selector, "tasks", None):
+                RunCorpus(run, run.step("compare"), each.folder).target_texts(tasks)
         except InputError as error:
             raise RecipeError(f"compare.selectors.{each.name}: {error}") from error
 

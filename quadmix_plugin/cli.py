@@ -179,7 +179,7 @@ def search_command(
     _run_steps(recipe, out, set_, executor, as_json, work)
 
 
-_step_command("select", ("select",), "Draws the selection under θ*, and those it is compared with.")
+_step_command("select", ("select",), "Draws the selection under θ*, at the token budget where there is one.")
 _step_command("export", ("export",), "Writes the selected documents as Megatron .bin/.idx.")
 _step_command("pretrain", ("pretrain",), "Trains the recipe's model on the selection of θ*, once per seed.")
 _step_command("report", ("report",), "Writes report.html over what is there.")

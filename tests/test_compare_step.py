@@ -444,6 +444,19 @@ def test_a_budget_beyond_the_corpus_is_refused_before_anything_is_selected(
     assert _stamps(out / "compare", out / "manifest") == before
 
 
+def test_a_target_of_unknown_tasks_is_refused_before_anything_is_selected(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _stamps(out / "compare", out / "manifest")
+    more = {"mixed": {**SELECTORS["mixed"], "times": 0.5}, "dsir": {"tasks": ["hellaswag", "nope"]}}
+    code, printed, _ = _quadmix(
+        monkeypatch, capsys, "compare", str(recipe), "--out", str(out), "--json", "--set", _only(more)
+    )
+    assert code == 78
+    assert "compare.selectors.dsir: tasks: 'nope' is not among hellaswag, mmlu" in json.loads(printed)["error"]
+    assert _stamps(out / "compare", out / "manifest") == before
+
+
 @pytest.mark.parametrize(
     ("selectors", "message"),
     [
