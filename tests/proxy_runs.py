@@ -45,7 +45,7 @@ def write_recipe(folder: Path) -> Path:
         "domain": {"classifier": "column", "column": "true_domain"},
         "scorers": {name: {"scorer": "column", "column": name} for name in scores},
         "rank": {"merge_small_domains": 8_000},
-        "select": {},
+        "compare": {},
         "proxy": {"number": 24, "tokens": TOKENS, "repeats": 2, "repeated": 2, "baselines": 2, "options": MODEL},
     }
     content["validation"]["rows_per_task"] = 12

@@ -25,6 +25,7 @@ from small_run import ROOT, write_small_recipe
 from quadmix_plugin import registry
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import RecipeError
+from quadmix_plugin.labelled_corpus import select_in_memory
 from quadmix_plugin.schema import ScoreTable
 
 PACKAGE = ROOT / "examples" / "custom_scorer"
@@ -288,8 +289,9 @@ def test_the_pages_classifier_and_selector_do_what_they_say(page: str) -> None:
     assert host.classify(["https://Example.org/a", "", None]) == ["example.org", "none", "none"]
     scores, tokens = np.zeros((5, 1), np.float32), np.array([5, 40, 10, 40, 30])
     table = ScoreTable(pa.array(range(5)), np.zeros(5, np.int64), tokens, scores, ("a",), ("b",))
-    assert registry.create("selectors", "longest").select(table, scores, 85, 0).tolist() == [0, 1, 0, 1, 0]
-    assert registry.create("selectors", "longest", {"shortest": 41}).select(table, scores, 85, 0).sum() == 0
+    assert select_in_memory(registry.create("selectors", "longest"), table, scores, 85, 0).tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(InputError, match="the documents that may be taken have 0"):
+        select_in_memory(registry.create("selectors", "longest", {"shortest": 41}), table, scores, 85, 0)
 
 
 def test_the_pages_regressor_learns_a_line(page: str) -> None:

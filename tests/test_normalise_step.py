@@ -47,7 +47,7 @@ def _recipe(folder: Path, **sections: Any) -> Path:
     content["scorers"] = {
         name: {"scorer": "column", "column": name, "higher_is_better": better} for name, better in DIRECTIONS.items()
     }
-    content |= {"domain": {"classifier": "column", "column": "domain"}, "select": {}, "rank": {}} | sections
+    content |= {"domain": {"classifier": "column", "column": "domain"}, "compare": {}, "rank": {}} | sections
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 

@@ -31,6 +31,7 @@ from quadmix_plugin import Parameters, count_copies, registry
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.executors import InlineExecutor
+from quadmix_plugin.labelled_corpus import select_in_memory
 from quadmix_plugin.megatron import TokenFile, write_documents
 from quadmix_plugin.pipelines.context import Run, open_run
 from quadmix_plugin.pipelines.proxies import _finish, proxies
@@ -133,7 +134,8 @@ def selected(labelled: Path, full: Step) -> dict[str, np.ndarray]:
         expected = FeatureMap.of(table, normalised).statistics(vectors).selected_tokens
         selectors = dict(zip(BASELINES, (Random(), TopK("characters"), TopK("words")), strict=True))
         budget = round(float(np.median(expected)))
-        return {n: s.select(table, normalised, budget, run.seed_for(f"baseline {n}")) for n, s in selectors.items()}
+        seeds = {name: run.seed_for(f"baseline {name}") for name in selectors}
+        return {n: select_in_memory(s, table, normalised, budget, seeds[n]) for n, s in selectors.items()}
 
 
 def test_baselines_are_trained_on_the_documents_of_the_selectors(labelled: Path, full: Step, selected: dict) -> None:
