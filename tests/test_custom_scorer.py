@@ -24,7 +24,7 @@ from small_run import ROOT, write_small_recipe
 
 from quadmix_plugin import registry
 from quadmix_plugin.config import load_recipe
-from quadmix_plugin.errors import RecipeError
+from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.labelled_corpus import select_in_memory
 from quadmix_plugin.schema import ScoreTable
 
