@@ -306,6 +306,7 @@ class Stopped(KeyboardInterrupt):
     """Somebody presses Ctrl-C."""
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_it_ends_with_the_same_bytes(recipe: Path, whole: Path, tmp_path: Path) -> None:
     out, chosen = tmp_path / "out", ("samplemix", "dsir", "regmix", "random")
     override = _only({name: SELECTORS[name] for name in chosen})
