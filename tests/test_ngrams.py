@@ -44,6 +44,18 @@ def test_every_code_point_splits_words_as_in_the_package() -> None:
     np.testing.assert_array_equal(NgramBuckets(ngrams=1).counts([text]), get_ngram_counts(text, n=1))
 
 
+def test_two_words_of_one_hash_stay_two_words() -> None:
+    text = "\u7377\u8d50\u7721\u71d4\u8d34\u4e00 \u86c4\u4e65\u55c0\u7204\u53c4\U00024ccf"  # found by a search
+    hashes = set()
+    for word in text.split():
+        key = 0xCBF29CE484222325
+        for character in word:
+            key = (key ^ ord(character)) * 0x100000001B3 % (1 << 64)
+        hashes.add(key)
+    assert len(hashes) == 1
+    np.testing.assert_array_equal(NgramBuckets().counts([text]), get_ngram_counts(text))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_sums_are_the_products_of_the_package(n: int) -> None:
     sums, words = NgramBuckets(ngrams=n).sums(TEXTS, VALUES)
