@@ -1,6 +1,6 @@
 """The benchmark scores of trained models, one artifact each, named by what was asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +9,6 @@ from nemo_curator.pipeline import Pipeline
 from quadmix_plugin.harness import HarnessSettings, score_columns
 from quadmix_plugin.models import model_folder
 from quadmix_plugin.pipelines.context import Run, fingerprint
-from quadmix_plugin.pipelines.pretrain import Trained
 from quadmix_plugin.stages.evaluate_models import EvaluateModels, evaluation_tasks
 from quadmix_plugin.store import Step, content_key
 
@@ -24,8 +23,10 @@ def harness_settings(run: Run) -> HarnessSettings:
     )
 
 
-def evaluate_models(run: Run, step: Step, selections: Sequence[Trained]) -> dict[str, dict[str, list[float]]]:
+def evaluate_models(run: Run, step: Step, folders: Mapping[str, str]) -> dict[str, dict[str, list[float]]]:
     """Selector → ``<task> (<metric>)`` → one score per seed; models that have their scores are not evaluated again.
+
+    ``folders``: selector → the folder of the run directory that its ``models`` are in.
 
     Raises:
         InputError: the harness, or a task, is not there.
@@ -37,13 +38,13 @@ def evaluate_models(run: Run, step: Step, selections: Sequence[Trained]) -> dict
     content = run.recipe.evaluate.model_dump(mode="json")
     asked = content_key({name: value for name, value in fingerprint(content).items() if name != "batch_size"})[:_DIGITS]
     paths = {
-        (each.selector, seed): f"compare/benchmarks/{asked}/{Path(each.folder).name}-{seed}.json"
-        for each in selections
+        (selector, seed): f"compare/benchmarks/{asked}/{Path(folder).name}-{seed}.json"
+        for selector, folder in folders.items()
         for seed in run.recipe.pretrain.seeds
     }
-    models = {each.selector: str(run.directory.root / each.folder / "models") for each in selections}
+    root = run.directory.root
     work = [
-        {"model": f"{models[selector]}/{selector}-{seed}", "scores": path}
+        {"model": str(root / folders[selector] / "models" / f"{selector}-{seed}"), "scores": path}
         for (selector, seed), path in paths.items()
         if step.entry(path) is None
     ]

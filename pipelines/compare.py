@@ -71,8 +71,8 @@ def compare(run: Run) -> None:
     results, curves = _train(run, step, contestants, copies)
     step.write_table(RESULTS, results)
     step.write_table(CURVES, curves)
-    trained = [Trained(QUADMIX, "", 0, "pretrain"), *(Trained(each.name, "", 0, each.folder) for each in contestants)]
-    rows = _write_table(run, step, contestants, copies, results, evaluate_models(run, step, trained))
+    folders = {QUADMIX: "pretrain", **{each.name: each.folder for each in contestants}}
+    rows = _write_table(run, step, contestants, copies, results, evaluate_models(run, step, folders))
     best = min((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"], default=None)
     step.finish(
         seconds=round(time.monotonic() - started, 2),
