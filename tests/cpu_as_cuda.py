@@ -23,6 +23,8 @@ class _CpuForCuda(TorchFunctionMode):
     """Every tensor asked for on a CUDA device is one on the CPU, and says that its type is one of CUDA's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and len(args) == 1:
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.cuda:

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.proxy import megatron_model
-from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, load_checkpoint, save_checkpoint, to_megatron
+from quadmix_plugin.proxy.megatron_checkpoint import load_checkpoint, save_state
+from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, to_megatron
 from quadmix_plugin.proxy.model import Decoder, Shape, hugging_face_config
 
 CUDA = torch.device("cuda")
@@ -137,11 +138,11 @@ def test_a_distributed_checkpoint_is_read_back_bit_by_bit(gpu, tmp_path):
         model, other = gpt_model(shape, CUDA), gpt_model(shape, CUDA)
         model.load_state_dict(to_megatron(ours, shape))
         other.load_state_dict(to_megatron(Decoder(shape).initialise(4).state_dict(), shape))
-        save_checkpoint(model, tmp_path / kind)
+        save_state(model.sharded_state_dict(), tmp_path / kind, CUDA)
         load_checkpoint(other, tmp_path / kind)
         assert equal(from_megatron(other.state_dict(), shape), dict(ours))
         with pytest.raises(InputError, match="not empty"):
-            save_checkpoint(model, tmp_path / kind)
+            save_state(model.sharded_state_dict(), tmp_path / kind, CUDA)
         for change in ({"vocabulary": 100}, {"layers": 3}, {"ffn": 64}, {"tied": not shape.tied}):
             with pytest.raises(InputError, match="no checkpoint of this model"):
                 load_checkpoint(gpt_model(dataclasses.replace(shape, **change), CUDA), tmp_path / kind)
@@ -177,7 +178,7 @@ def test_a_process_of_another_group_is_refused(monkeypatch):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        with pytest.raises(InputError, match="1 processes over gloo, where one over nccl"):
+        with pytest.raises(InputError, match="1 processes over gloo, where 1 over nccl"):
             megatron_model.start_parallel_state(CUDA)
     finally:
         megatron_model.stop_parallel_state()

@@ -17,8 +17,10 @@ from quadmix_plugin import models
 from quadmix_plugin.corpus import list_files
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import write_documents
-from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, load_checkpoint, quiet_import
-from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer, PassDataset
+from quadmix_plugin.proxy.megatron_checkpoint import load_checkpoint, load_state, save_state
+from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, quiet_import, stop_parallel_state
+from quadmix_plugin.proxy.megatron_learner import GPULearner, PassDataset
+from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer
 from quadmix_plugin.proxy.model import Decoder
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
@@ -189,8 +191,6 @@ class _Tokenizer:
 
 
 def test_a_checkpoint_holds_weights_and_optimizer(pieces, gpu, tmp_path):
-    with quiet_import():
-        from megatron.core import dist_checkpointing
     batches = torch.from_numpy(pieces[:12].astype("int64")).split(4)
     for dtype in ("float32", "bfloat16"):
         trainer, folder = MegatronTrainer(**GROUPED, dtype=dtype), tmp_path / dtype
@@ -198,29 +198,74 @@ def test_a_checkpoint_holds_weights_and_optimizer(pieces, gpu, tmp_path):
         learner, other = (trainer.learner(shape, seed, CUDA) for seed in (0, 1))
         for batch in batches:
             learner.step(batch, 1e-2)
-        learner.checkpoint(folder)
+        save_state(learner.state(), folder, CUDA)
         model = gpt_model(shape, CUDA, learner._gpt.config.params_dtype)
         load_checkpoint(model, folder)
         read, trained = (from_megatron(each.state_dict(), shape) for each in (model, learner._gpt))
         assert all(torch.equal(weight, trained[name]) for name, weight in read.items())
-        wanted = other._gpt.sharded_state_dict()
-        wanted["optimizer"] = other._optimizer.sharded_state_dict(other._gpt.sharded_state_dict(), is_loading=True)
-        state = dist_checkpointing.load(wanted, str(folder))
-        other._optimizer.load_state_dict(state.pop("optimizer"))
-        other._gpt.load_state_dict(state)
+        other.load(load_state(other.state(loading=True), folder))
         onwards = [[float(each.step(batch, 1e-2)) for batch in batches] for each in (learner, other)]
         assert onwards[0] == onwards[1]
 
 
-def test_without_a_gpu_it_is_refused_before_any_work():
-    for device, reason in (("auto", "needs a GPU.*trainer: torch"), ("cpu", "trainer: torch"), ("cuda", "0 usable")):
+@pytest.fixture
+def alone():
+    yield
+    stop_parallel_state()
+
+
+@pytest.mark.parametrize(
+    ("i", "options"), [(0, PLAIN), (1, {**GROUPED, "micro_batch_size": 3})], ids=["plain", "grouped-tied"]
+)
+def test_on_a_cpu_losses_agree_too_and_cuda_is_not_asked_for(i, options, expected, pieces, sets, alone):
+    found = MegatronTrainer(**options, device="cpu").train(pieces, sets, 5, 4096, eval_at=(0.5,))
+    assert farthest(found, expected[i]) < 2e-5
+    assert not torch.cuda.is_initialized()
+
+
+def test_the_distributed_optimizer_takes_the_same_steps_and_goes_on_from_its_checkpoint(pieces, gpu, tmp_path):
+    trainer, batches = (
+        MegatronTrainer(**GROUPED, dtype="float32"),
+        torch.from_numpy(pieces[:24].astype("int64")).split(4),
+    )
+    shape = trainer.model_shape(4096)
+    plain = trainer.learner(shape, 0, CUDA)
+    learner, other = (GPULearner(trainer, shape, seed, CUDA, distributed=True) for seed in (0, 1))
+    for batch in batches[:3]:
+        losses = [float(each.step(batch, 1e-2)) for each in (plain, learner)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    save_state(learner.state(), tmp_path / "checkpoint", CUDA)
+    other.load(load_state(other.state(loading=True), tmp_path / "checkpoint"))
+    onwards = [[float(each.step(batch, 1e-2)) for batch in batches[3:]] for each in (learner, other)]
+    assert onwards[0] == onwards[1]
+    assert all(torch.equal(a, b) for a, b in zip(learner.gpt.parameters(), other.gpt.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [PLAIN, GROUPED], ids=["plain", "grouped-tied"])
+def test_on_a_cpu_a_checkpoint_goes_on_bit_by_bit(options, pieces, tmp_path, alone):
+    batches = torch.from_numpy(pieces[:24].astype("int64")).split(4)
+    trainer, cpu = MegatronTrainer(**options), torch.device("cpu")
+    learner, other = (trainer.learner(trainer.model_shape(4096), seed, cpu) for seed in (0, 1))
+    for batch in batches[:3]:
+        learner.step(batch, 1e-2)
+    save_state(learner.state(), tmp_path / "checkpoint", cpu)
+    other.load(load_state(other.state(loading=True), tmp_path / "checkpoint"))
+    onwards = [[float(each.step(batch, 1e-2)) for batch in batches[3:]] for each in (learner, other)]
+    assert onwards[0] == onwards[1]
+    weights = zip(learner.gpt.parameters(), other.gpt.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in weights)
+
+
+def test_what_the_device_cannot_do_is_refused_before_any_work():
+    for options, reason in (
+        ({"device": "cuda"}, "0 usable"),
+        ({"dtype": "bfloat16"}, "bfloat16 on device 'auto', a CPU here; give float32"),
+        ({"gpus": 2}, "gpus 2, the device is a CPU"),
+    ):
         with pytest.raises(InputError, match=reason):
-            trainer_resources("megatron", {"device": device})  # as a run asks before it starts
-    assert MegatronTrainer().context == 128  # a recipe that names it can be read anywhere
-    assert not torch.distributed.is_initialized()
-    with cpu_as_cuda():
-        with pytest.raises(InputError, match="trainer: torch"):
-            MegatronTrainer(device="cpu").learner(MegatronTrainer().model_shape(512), 0, torch.device("cpu"))
-        with pytest.raises(InputError, match="micro_batch_size -1"):
-            MegatronTrainer(micro_batch_size=-1)
-        assert MegatronTrainer(device="cuda:0").context == 128
+            trainer_resources("megatron", options)  # as a run asks before it starts
+    for name in ("micro_batch_size", "gpus", "save_every", "keep", "log_every"):
+        with pytest.raises(InputError, match=f"{name} -1"):
+            MegatronTrainer(**{name: -1})
+    with cpu_as_cuda(), pytest.raises(InputError, match="gpus 2, this machine has 1"):
+        MegatronTrainer(gpus=2).require_device()

@@ -1,8 +1,8 @@
 """The decoder as a ``GPTModel`` of Megatron-Core, and the weights of each as those of the other.
 
-The layers are megatron-core's own local ones (SwiGLU, RoPE, RMSNorm, no biases) around PyTorch's attention, so that
-neither TransformerEngine nor apex is needed and no matrix of attention scores is kept. A group of one process is
-enough: nothing here is split over GPUs. Nothing here trains.
+The layers are TransformerEngine's, or megatron-core's own local ones around PyTorch's attention, so that neither
+TransformerEngine nor apex is needed and no matrix of attention scores is kept; SwiGLU, RoPE, RMSNorm and no biases in
+both. No model is split over GPUs. Nothing here trains.
 """
 
 import atexit
@@ -10,21 +10,21 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.models import first_line
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from quadmix_plugin.proxy.model import Shape
+
+Layers = Literal["auto", "local", "transformer_engine"]
 
 _SOCKETS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _SAME = {
@@ -47,8 +47,11 @@ def quiet_import() -> Iterator[None]:
         yield
 
 
-def start_parallel_state(device: torch.device) -> None:
-    """Makes this process a group of one, if it is not, with megatron-core's parallel state; only loopback is used.
+def start_parallel_state(device: torch.device, processes: int = 1) -> None:
+    """Puts this process into a group, if it is in none, with megatron-core's parallel state.
+
+    Alone it is a group of one that uses loopback only; ``processes`` above 1 are those that torchrun started and
+    described in the environment.
 
     Raises:
         InputError: the process belongs to another group already.
@@ -59,15 +62,18 @@ def start_parallel_state(device: torch.device) -> None:
         torch.cuda.set_device(device)
     group, backend = torch.distributed, _backend(device)
     if not group.is_initialized():
-        for name in _SOCKETS:
-            os.environ.setdefault(name, "lo")
-        store = group.HashStore()  # type: ignore[attr-defined]
-        group.init_process_group(backend, store=store, rank=0, world_size=1)
+        if processes > 1:
+            group.init_process_group(backend)
+        else:
+            for name in _SOCKETS:
+                os.environ.setdefault(name, "lo")
+            store = group.HashStore()  # type: ignore[attr-defined]
+            group.init_process_group(backend, store=store, rank=0, world_size=1)
         atexit.register(stop_parallel_state)
-    if group.get_world_size() != 1 or backend not in group.get_backend():
+    if group.get_world_size() != processes or backend not in group.get_backend():
         raise InputError(
             f"megatron: this process is in a group of {group.get_world_size()} processes over {group.get_backend()}, "
-            f"where one over {backend} is needed; run it in a process of its own"
+            f"where {processes} over {backend} are needed; run it in a process of its own"
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
@@ -114,38 +120,70 @@ def megatron_config(shape: "Shape", dtype: torch.dtype = torch.float32) -> "Tran
     )
 
 
-def gpt_model(shape: "Shape", device: torch.device, dtype: torch.dtype = torch.float32) -> "GPTModel":
+def has_transformer_engine() -> bool:
+    """Whether TransformerEngine is installed."""
+    return find_spec("transformer_engine") is not None
+
+
+def gpt_model(
+    shape: "Shape", device: torch.device, dtype: torch.dtype = torch.float32, layers: Layers = "local"
+) -> "GPTModel":
     """A model whose weights are not set yet; the parallel state must have been started.
 
-    Its ``forward(tokens, position_ids, None)`` gives logits [b, t, V]. It asks CUDA for the current device, so it
-    runs only where there is one.
+    Its ``forward(tokens, position_ids, None)`` gives logits [b, t, V]. ``layers``: ``auto`` takes TransformerEngine's
+    on a GPU where they are installed.
+
+    Raises:
+        InputError: no vocabulary, or TransformerEngine is asked for and not there, or not on a GPU.
     """
     with quiet_import():
         from megatron.core.models.gpt.gpt_model import GPTModel
-        from megatron.core.transformer.torch_norm import WrappedTorchNorm
-        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     if shape.vocabulary < 1:
         raise InputError("shape: no vocabulary; give the number of ids of the tokenizer")
-    layers: Any = TransformerBlockSubmodules([_layer()] * shape.layers, layer_norm=WrappedTorchNorm)  # type: ignore[arg-type]
     model = GPTModel(
         megatron_config(shape, dtype),
-        layers,
+        _layers(shape, device, layers),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.context,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=shape.tied,
     )
+    if device.type == "cpu":
+        _rotate_on_the_cpu(model.rotary_pos_emb)
     return model.to(device)
 
 
-def _layer() -> Any:
-    """megatron-core's local layer, with the one exchange."""
+def _layers(shape: "Shape", device: torch.device, kind: Layers) -> Any:
+    if kind == "transformer_engine" and not (device.type == "cuda" and has_transformer_engine()):
+        what = "needs a GPU" if device.type != "cuda" else "is not installed"
+        raise InputError(f"layers: transformer_engine {what}; install it, or give layers: local")
+    if kind == "transformer_engine" or (kind == "auto" and device.type == "cuda" and has_transformer_engine()):
+        with quiet_import():
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        return get_gpt_layer_with_transformer_engine_spec()
+    return _local_layers(shape)
+
+
+def _rotate_on_the_cpu(embedding: Any) -> None:
+    """Gives RoPE its angles [t, 1, 1, head_width] on the CPU; megatron-core's own sends them to a GPU."""
+
+    def angles(max_seq_len: int, offset: int = 0) -> Tensor:
+        half = embedding.get_freqs_non_repeated(max_seq_len, offset)
+        return torch.cat((half, half), dim=-1)[:, None, None, :]
+
+    embedding.get_emb = angles
+
+
+def _local_layers(shape: "Shape") -> Any:
+    """megatron-core's local layers, with the one exchange."""
     with quiet_import():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = _CausalAttention
-    return layer
+    return TransformerBlockSubmodules([layer] * shape.layers, layer_norm=WrappedTorchNorm)  # type: ignore[arg-type]
 
 
 class _CausalAttention(torch.nn.Module):
@@ -190,6 +228,14 @@ def to_megatron(state: Mapping[str, Tensor], shape: "Shape") -> dict[str, Tensor
         out["output_layer.weight"] = _take(rest, "lm_head.weight", shape.vocabulary, shape.width)
     _refuse_rest(rest)
     return out
+
+
+def set_weights(model: "GPTModel", state: Mapping[str, Tensor]) -> None:
+    """Loads weights under the names of the local layers, as ``to_megatron`` gives them, into layers of either kind."""
+    own = {_local_name(name): name for name in model.state_dict() if not name.endswith("_extra_state")}
+    if other := own.keys() ^ state.keys():
+        raise InputError(f"weights: {min(other)} is in only one of the two; give those of a model of this shape")
+    model.load_state_dict({own[name]: weight for name, weight in state.items()}, strict=False)
 
 
 def from_megatron(state: Mapping[str, Any], shape: "Shape") -> dict[str, Tensor]:
@@ -249,57 +295,3 @@ def _take(rest: dict[str, Any], name: str, *size: int) -> Tensor:
 def _refuse_rest(rest: dict[str, Any]) -> None:
     if rest:
         raise InputError(f"weights: {min(rest)} has no place in the model; give those of a model of this shape")
-
-
-def save_checkpoint(model: "GPTModel", folder: Path, optimizer: Any = None) -> None:
-    """Writes weights, and the state of megatron-core's optimizer if given, as its distributed checkpoint.
-
-    megatron-core writes in processes of its own: a script needs a ``__main__`` guard, and a daemon cannot do it. It
-    also asks CUDA for the current device.
-
-    Raises:
-        InputError: the folder holds files.
-    """
-    with quiet_import():
-        from megatron.core import dist_checkpointing
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise InputError(f"{folder}: not empty; give a new folder for the checkpoint")
-    state: dict[str, Any] = model.sharded_state_dict()
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model.sharded_state_dict())
-    dist_checkpointing.save(state, str(folder))
-
-
-def load_checkpoint(model: "GPTModel", folder: Path) -> None:
-    """Reads the weights of a distributed checkpoint, of these layers or of TransformerEngine's, into ``model``.
-
-    The state of an optimizer is left out. Metadata are pickled: read only checkpoints that you trust.
-
-    Raises:
-        InputError: no checkpoint, or one of another model.
-    """
-    with quiet_import():
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-    wanted = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    try:
-        found = dist_checkpointing.load_tensors_metadata(str(folder))
-        _check_sizes(wanted, found)
-        state: Any = dist_checkpointing.load(dict(wanted), str(folder))
-        model.load_state_dict({name: state[name] for name in wanted})
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
-        raise InputError(
-            f"{folder}: no checkpoint of this model ({first_line(error)}); give the folder of one"
-        ) from error
-
-
-def _check_sizes(wanted: dict[str, Any], found: Mapping[str, Any]) -> None:
-    """megatron-core itself would fill up or cut a vocabulary of another size."""
-    keys = {part.key for part in wanted.values()}
-    if other := {key for key in keys ^ found.keys() if not key.startswith("optimizer.")}:
-        raise RuntimeError(f"{min(other)} is in only one of the two")
-    for part in wanted.values():
-        size, there = getattr(part, "global_shape", None), found[part.key].global_shape
-        if size is not None and size != there:
-            raise RuntimeError(f"{part.key} is {list(there)}, not {list(size)}")

@@ -1,203 +1,83 @@
-"""``MegatronTrainer``: one proxy as a ``GPTModel``, trained by Megatron-Core's own means on one GPU.
+"""``MegatronTrainer``: a model as a ``GPTModel`` of Megatron-Core, as a proxy or as the model that a run is for.
 
-Model, parallel state, gradient buffers, mixed precision, optimizer and schedule of passes are megatron-core's; pieces,
-learning rate, initial weights and evaluation are those of the other trainers, so that the losses agree. A process
-keeps its parallel state from one model to the next.
+A proxy is trained on pieces in one process, so that its losses agree with those of the other trainers; ``pretrain``
+trains on token files through megatron-core's own data sets, with checkpoints, on as many GPUs as there are.
 """
 
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.models import choose_device
-from quadmix_plugin.proxy.training import Learner, Trainer
+from quadmix_plugin.proxy.training import Trainer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from quadmix_plugin.proxy.model import Decoder, Shape
-
-_LOGITS_PER_PASS = 1 << 29  # in float32 2 GiB, of which some three exist at once
+    from quadmix_plugin.pretraining.job import PretrainJob
+    from quadmix_plugin.proxy.megatron_learner import GPTLearner
+    from quadmix_plugin.proxy.model import Shape
 
 
 @dataclass
 class MegatronTrainer(Trainer):
-    """Trains with Megatron-Core; needs a GPU.
+    """Trains with Megatron-Core: by its distributed optimizer on GPUs, by PyTorch's AdamW on a CPU.
 
     Args:
-        dtype: of weights and products: ``auto`` is bfloat16; the optimizer and the gradients' sums are float32 always.
+        dtype: of weights and products: ``auto`` is bfloat16 on a GPU, where the optimizer and the gradients' sums are
+            float32 always, and float32 on a CPU.
         micro_batch_size: pieces per pass, of which an update sums ``batch_size``; 0: so many that their logits take
             2 GiB at most.
+        layers: ``local`` or ``transformer_engine``; ``auto`` takes the latter where it is installed.
+        gpus: of ``pretrain``: so many on this machine, one process each; 0: all that there are.
+        save_every: of ``pretrain``: updates between checkpoints.
+        keep: of ``pretrain``: checkpoints that are kept, the last ones.
+        log_every: of ``pretrain``: updates per line of ``metrics.jsonl``.
+        eval_every: of ``pretrain``: updates between measurements of the validation loss; 0: a twentieth of all.
+        wandb: of ``pretrain``: project of Weights & Biases that metrics go to as well.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     micro_batch_size: int = 0
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    gpus: int = 0
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    eval_every: int = 0
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.micro_batch_size < 0:
-            raise InputError(f"trainer: micro_batch_size {self.micro_batch_size}; give a positive number, or 0")
+        least = {"micro_batch_size": 0, "gpus": 0, "eval_every": 0, "save_every": 1, "keep": 1, "log_every": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"trainer: {name} {getattr(self, name)}; give {lowest} or more")
 
     def require_device(self) -> None:
-        """Raises InputError on a machine without a GPU."""
-        if choose_device(self.device) == "cpu":
-            raise InputError(
-                f"trainer megatron: Megatron-Core's optimizer needs a GPU, and device {self.device!r} is a CPU here; "
-                f"give trainer: torch, which trains the same model"
-            )
+        """Raises InputError where the device that training needs is not there, or fewer GPUs than asked for."""
+        from quadmix_plugin.pretraining.launch import require_gpus
 
-    def learner(self, shape: "Shape", seed: int, device: "torch.device") -> "MegatronLearner":
-        """A ``GPTModel`` with the initial weights of ``seed``, and megatron-core's optimizer."""
-        self.require_device()
-        return MegatronLearner(self, shape, seed, device)
+        device = choose_device(self.device)
+        if device == "cpu" and self.dtype == "bfloat16":
+            raise InputError(f"trainer megatron: dtype bfloat16 on device {self.device!r}, a CPU here; give float32")
+        require_gpus(self.gpus, device)
 
+    def learner(self, shape: "Shape", seed: int, device: "torch.device") -> "GPTLearner":
+        """A ``GPTModel`` with the initial weights of ``seed``, in this process alone."""
+        from quadmix_plugin.proxy.megatron_learner import CPULearner, GPULearner
 
-class PassDataset:
-    """A batch as a data set whose items are passes: dicts with the keys of megatron-core's ``GPTDataset``.
+        kind: Any = CPULearner if device.type == "cpu" else GPULearner
+        return kind(self, shape, seed, device)
 
-    ``GPTDataset`` itself draws its own order of documents; a proxy's pieces come in the order of the pool, stratified
-    by domain. Tensors are [pieces, context]; every token counts in ``loss_mask``.
-    """
+    def pretrain(self, job: "PretrainJob") -> None:
+        """Trains the model of a job; goes on from its last checkpoint.
 
-    def __init__(self, batch: "Tensor", pieces: int) -> None:
-        self._parts = batch.split(pieces)
+        Raises:
+            InputError: data, tokenizer and shape do not belong together, or a checkpoint is of another model.
+            QuadmixError: the loss is not finite; the message names the documents of that batch.
+            StorageError: no checkpoint can be written.
+        """
+        from quadmix_plugin.pretraining.launch import launch
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, i: int) -> dict[str, "Tensor"]:
-        import torch
-
-        tokens, labels = self._parts[i][:, :-1], self._parts[i][:, 1:]
-        return {
-            "tokens": tokens.contiguous(),
-            "labels": labels.contiguous(),
-            "loss_mask": torch.ones(labels.shape, device=labels.device),
-            "position_ids": torch.arange(labels.shape[1], device=labels.device).expand_as(labels),
-        }
-
-    def __iter__(self) -> Iterator[dict[str, "Tensor"]]:
-        return (self[i] for i in range(len(self)))
-
-
-class MegatronLearner(Learner):
-    """A ``GPTModel`` in training; ``decoder`` gives its weights in float32."""
-
-    def __init__(self, options: MegatronTrainer, shape: "Shape", seed: int, device: "torch.device"):
-        import torch
-
-        from quadmix_plugin.proxy.megatron_model import gpt_model, quiet_import, start_parallel_state, to_megatron
-        from quadmix_plugin.proxy.model import Decoder
-
-        with quiet_import():
-            from megatron.core import tensor_parallel
-            from megatron.core.pipeline_parallel import get_forward_backward_func
-        start_parallel_state(device)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        weights = to_megatron(Decoder(shape).initialise(seed).state_dict(), shape)
-        self._shape, self._decoder = shape, Decoder(shape).to(device)
-        self._gpt = gpt_model(shape, device, torch.float32 if options.dtype == "float32" else torch.bfloat16)
-        self._gpt.load_state_dict(weights)
-        self._model = _parallel_model(self._gpt)
-        weakref.finalize(self, self._model.grad_accs.clear)  # its hooks hold the model, whose memory is needed again
-        self._optimizer = _optimizer(self._model, options)
-        self._forward_backward = get_forward_backward_func()
-        for name, main in self._main_weights():  # copies made by the optimizer, of what bfloat16 has rounded
-            main.data.copy_(weights[name])
-        self._pieces = options.micro_batch_size or max(_LOGITS_PER_PASS // (shape.vocabulary * shape.context), 1)
-
-    def step(self, batch: "Tensor", learning_rate: float) -> "Tensor":
-        """One update; the passes of a batch count by their tokens."""
-        import torch
-
-        passes = PassDataset(batch, self._pieces)
-        self._model.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        done = self._forward_backward(
-            forward_step_func=_forward_step,
-            data_iterator=iter(passes),
-            model=[self._model],
-            num_microbatches=len(passes),
-            seq_length=batch.shape[1] - 1,
-            micro_batch_size=min(self._pieces, batch.shape[0]),
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        return torch.stack([each["loss"] for each in done]).sum() / sum(each["tokens"] for each in done)
-
-    def decoder(self) -> "Decoder":
-        """The float32 weights of the optimizer, in a model of its own."""
-        from quadmix_plugin.proxy.megatron_model import from_megatron
-
-        self._decoder.load_state_dict(from_megatron(dict(self._main_weights()), self._shape))
-        return self._decoder
-
-    def checkpoint(self, folder: Path) -> None:
-        """Writes the weights and the optimizer's state, as ``megatron_model.save_checkpoint``."""
-        from quadmix_plugin.proxy.megatron_model import save_checkpoint
-
-        save_checkpoint(self._gpt, folder, self._optimizer)
-
-    def _main_weights(self) -> Iterator[tuple[str, "Tensor"]]:
-        """Name in the ``GPTModel`` and float32 weight, which with bfloat16 only the optimizer has."""
-        return ((name, getattr(weight, "main_param", weight)) for name, weight in self._gpt.named_parameters())
-
-
-def _parallel_model(gpt: Any) -> Any:
-    """The model in the wrappers that megatron-core's optimizer expects; sums of gradients are float32."""
-    from quadmix_plugin.proxy.megatron_model import quiet_import
-
-    with quiet_import():
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-        from megatron.core.transformer.module import Float16Module
-
-    config = gpt.config
-    config.calculate_per_token_loss = True  # the last batch may divide into passes of different sizes
-    config.finalize_model_grads_func = finalize_model_grads
-    inner = Float16Module(config, gpt) if config.bf16 else gpt
-    return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), inner)
-
-
-def _optimizer(model: Any, options: MegatronTrainer) -> Any:
-    """AdamW; megatron-core leaves weights of one dimension undecayed only through a scheduler, so it is done here."""
-    from quadmix_plugin.proxy.megatron_model import quiet_import
-
-    with quiet_import():
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=options.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.betas[0],
-        adam_beta2=options.betas[1],
-        clip_grad=options.grad_clip,
-        bf16=model.config.bf16,
-        params_dtype=model.config.params_dtype,
-    )
-    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = options.weight_decay * group["wd_mult"]
-    return optimizer
-
-
-def _forward_step(passes: Iterator[dict[str, "Tensor"]], model: Any) -> tuple["Tensor", Any]:
-    item = next(passes)
-    losses = model(item["tokens"], item["position_ids"], None, labels=item["labels"])
-    return losses, partial(_loss, item["loss_mask"])
-
-
-def _loss(mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
-    """Sum of the losses, number of tokens, and what ``step`` is told."""
-    total, tokens = (losses.float() * mask).sum(), mask.sum().int()
-    return total, tokens, {"loss": total.detach(), "tokens": tokens}
+        launch(self, job)

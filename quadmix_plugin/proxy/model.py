@@ -65,10 +65,11 @@ class Shape:
 
 SHAPES = {
     "proxy-tiny": Shape(layers=2, width=64, heads=2, ffn=176, context=128),
+    "tiny": Shape(layers=4, width=128, heads=4, ffn=352, context=128),
     "proxy-1m": Shape(layers=2, width=256, heads=8, ffn=512, context=2048),
     "530m": Shape(layers=20, width=1280, heads=20, ffn=3520, context=2048),
 }
-"""``proxy-1m`` is the 1M model of RegMix; ``proxy-tiny`` is for two CPU cores."""
+"""``proxy-1m`` is the 1M model of RegMix; ``proxy-tiny`` and, for ``pretrain``, ``tiny`` are for two CPU cores."""
 
 
 def named_shape(name: str, **overrides: Any) -> Shape:

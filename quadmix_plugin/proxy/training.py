@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 Stop = Callable[[float, dict[str, float]], bool]
 """Whether to stop here: the share of the steps taken, and the validation losses now."""
 
-_ENOUGH_STEPS = 150  # after so many updates a model that learns is below the unigram entropy
+ENOUGH_STEPS = 150
+"""After so many updates a model that learns is below the unigram entropy."""
+
 _CURVE_POINTS = 20
 _CHECKED = 1 << 20  # ids looked at before training
 
@@ -95,8 +97,10 @@ class Trainer(ABC):
         learning_rate: the highest, after ``warmup``.
         batch_size: pieces per update.
         warmup: share of the updates in which the learning rate rises.
-        schedule: how it falls afterwards, to ``final_learning_rate`` times the highest.
+        schedule: how it falls afterwards, to ``final_learning_rate`` times the highest; ``wsd`` stays there and falls
+            linearly over the last ``decay`` of the updates.
         final_learning_rate: share of ``learning_rate`` at the end; unused by ``constant``.
+        decay: share of the updates in which ``wsd`` falls.
         weight_decay: of AdamW, on matrices only.
         betas: of AdamW.
         grad_clip: largest norm of the gradient.
@@ -109,8 +113,9 @@ class Trainer(ABC):
     learning_rate: float = 4e-3
     batch_size: int = 4
     warmup: float = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     final_learning_rate: float = 0.1
+    decay: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
@@ -123,6 +128,11 @@ class Trainer(ABC):
                 f"trainer: batch_size {self.batch_size}, learning_rate {self.learning_rate}, warmup {self.warmup}, "
                 f"threads {self.threads}; give a batch and threads of at least 1, a positive learning rate and a "
                 f"warmup between 0 and 1"
+            )
+        if not 0 < self.decay <= 1 - self.warmup and self.schedule == "wsd":
+            raise InputError(
+                f"trainer: decay {self.decay} with warmup {self.warmup}; give shares that are positive and add up to 1 "
+                f"at most"
             )
         rates = (self.weight_decay, self.final_learning_rate)
         if not self.grad_clip > 0 or min(rates) < 0 or not all(0 <= beta < 1 for beta in self.betas):
@@ -176,7 +186,7 @@ class Trainer(ABC):
             raise InputError(f"{len(pieces)} pieces; a batch has {self.batch_size}, so give more training tokens")
         entropy = _check(pieces, vocabulary)
         device = torch.device(choose_device(self.device))
-        with _threads(self.threads):
+        with on_threads(self.threads):
             learner = self.learner(self.model_shape(vocabulary), seed, device)
             curve = self._run(learner, pieces, validation_sets, device, eval_at, stop)
             model = learner.decoder()
@@ -188,7 +198,7 @@ class Trainer(ABC):
             unigram_entropy=entropy,
             model=model,
             share=last.share,
-            learnt=last.train_loss < entropy if last.step >= _ENOUGH_STEPS else None,
+            learnt=last.train_loss < entropy if last.step >= ENOUGH_STEPS else None,
         )
 
     def _run(
@@ -213,7 +223,7 @@ class Trainer(ABC):
         curve: list[CurvePoint] = []
         total, since, seen = torch.zeros((), device=device), 0, 0
         for step, batch in enumerate(batches(pieces, self.batch_size, device), start=1):
-            total = total + learner.step(batch, self._learning_rate(step - 1, steps))
+            total = total + learner.step(batch, self.learning_rate_at(step - 1, steps))
             since, seen = since + 1, seen + batch.shape[0] * (batch.shape[1] - 1)
             if step not in marks and step not in judged:
                 continue
@@ -225,14 +235,17 @@ class Trainer(ABC):
                 break
         return curve
 
-    def _learning_rate(self, step: int, steps: int) -> float:
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of update ``step`` (from 0) of ``steps``."""
         rising = max(round(self.warmup * steps), 1)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
         if self.schedule == "constant":
             return self.learning_rate
-        progress = (step + 1 - rising) / max(steps - rising, 1)
-        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "wsd":
+            rising = max(steps - max(round(self.decay * steps), 1), rising)
+        progress = max(step + 1 - rising, 0) / max(steps - rising, 1)
+        left = 1 - progress if self.schedule in ("linear", "wsd") else (1 + math.cos(math.pi * progress)) / 2
         return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * left)
 
 
@@ -262,7 +275,7 @@ def _finite(point: CurvePoint) -> CurvePoint:
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
     """So many intra-op threads inside, as many as before outside."""
     import torch
 

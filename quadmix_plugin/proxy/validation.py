@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from quadmix_plugin.corpus import CorpusFile, read_json_lines
+from quadmix_plugin.corpus import CorpusFile, read_records
 from quadmix_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,17 +91,13 @@ def read_rows(files: Sequence[CorpusFile], prompt: str, response: str, task: str
     """All rows of JSON Lines or Parquet files; without a ``task`` column each file is one task, named after it.
 
     Raises:
-        InputError: as ``to_row`` and ``read_json_lines``; names file and line.
+        InputError: as ``to_row`` and ``read_records``; names file and line.
     """
     rows = []
     for file in files:
         name = Path(file.name).name.split(".")[0]
-        if file.is_parquet:
-            with fsspec.open(file.path, "rb") as stream:
-                records = enumerate(pq.read_table(stream).to_pylist(), start=1)
-        else:
-            records = read_json_lines(file)
-        rows += [to_row(record, prompt, response, task, name, f"{file.path}: row {i}") for i, record in records]
+        for i, record in read_records(file):
+            rows.append(to_row(record, prompt, response, task, name, f"{file.path}: row {i}"))
     return rows
 
 
