@@ -1,4 +1,4 @@
-"""Step 7: selections by other methods at one token budget, the same models trained on each, and one table.
+"""Step 8: selections by other methods at one token budget, the same models trained on each, and one table.
 
 A selection is named by all that it is made from, so another selector in the recipe leaves the others as they are.
 """
@@ -14,14 +14,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
+from quadmix_plugin.benchmark_scores import BySeed, columns, lower_is_better
 from quadmix_plugin.comparison import Selected, comparison_rows, to_csv, to_markdown
 from quadmix_plugin.config import selector_plugin
 from quadmix_plugin.drawn_tokens import sd_tokens
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.labelled_corpus import check_selector
 from quadmix_plugin.parameters import Parameters
-from quadmix_plugin.pipelines.benchmarks import evaluate_models
+from quadmix_plugin.pipelines.benchmarks import asked, evaluate_models
 from quadmix_plugin.pipelines.context import Run, fingerprint, foreign
+from quadmix_plugin.pipelines.evaluate import scores_of_theta
 from quadmix_plugin.pipelines.export import export_selection
 from quadmix_plugin.pipelines.pretrain import Trained, train_selections
 from quadmix_plugin.pipelines.run_corpus import RunCorpus
@@ -71,8 +73,8 @@ def compare(run: Run) -> None:
     results, curves = _train(run, step, contestants, copies)
     step.write_table(RESULTS, results)
     step.write_table(CURVES, curves)
-    folders = {QUADMIX: "pretrain", **{each.name: each.folder for each in contestants}}
-    rows = _write_table(run, step, contestants, copies, results, evaluate_models(run, step, folders))
+    others = evaluate_models(run, step, {each.name: each.folder for each in contestants})
+    rows = _write_table(run, step, contestants, copies, results, {QUADMIX: scores_of_theta(run), **others})
     best = min((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"], default=None)
     step.finish(
         seconds=round(time.monotonic() - started, 2),
@@ -118,14 +120,9 @@ def is_done(run: Run, contestants: Sequence[Contestant]) -> bool:
     return facts is not None and facts["compared"] == _asked(run, contestants)
 
 
-def step_is_done(run: Run, name: str) -> bool:
-    """Whether a step is finished as the recipe asks; a comparison may be finished and be of other selections."""
-    return run.step(name).is_done and (name != "compare" or is_done(run, contestants_of(run)))
-
-
 def _asked(run: Run, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """What a finished comparison must have been of, to be the one that the recipe asks for."""
-    return {"folders": {each.name: each.folder for each in contestants}, "evaluate": run.recipe.evaluate.model_dump()}
+    return {"folders": {each.name: each.folder for each in contestants}, "evaluate": asked(run)}
 
 
 def copies_of(run: Run, step: Step, contestant: Contestant) -> NDArray[np.int32]:
@@ -169,10 +166,8 @@ def _train(
         return results, curves
     selections = []
     for each in contestants:
-        prefix = f"{each.folder}/tokens/train"
-        facts = export_selection(run, step, prefix, copies[each.name], f"{each.folder}/documents")
-        path = str(step.read_path(f"{prefix}.idx").with_suffix(""))
-        selections.append(Trained(each.name, path, facts["unique_tokens"], each.folder))
+        files = export_selection(run, step, f"{each.folder}/tokens", step, f"{each.folder}/selection")
+        selections.append(Trained(each.name, files, each.folder))
     others, other_curves = train_selections(run, step, selections)
     return (
         pa.concat_tables([results, others], promote_options="default"),
@@ -186,7 +181,7 @@ def _write_table(
     contestants: Sequence[Contestant],
     copies: dict[str, NDArray[np.int32]],
     results: pa.Table,
-    scores: dict[str, dict[str, list[float]]],
+    scores: dict[str, BySeed],
 ) -> list[dict[str, Any]]:
     """The comparison as JSON, Markdown and CSV; returns its rows."""
     table = run.table
@@ -198,10 +193,12 @@ def _write_table(
     losses = losses_of(results)
     largest = int(table.tokens.max())
     selected = [
-        Selected(name, facts[name], losses[name], overlap[name][QUADMIX], scores.get(name, {})) for name in copies
-    ]
+        Selected(name, facts[name], losses[name], overlap[name][QUADMIX], columns(found := scores.get(name, {})),
+                 lower_is_better(found))
+        for name in copies
+    ]  # fmt: skip
     rows = comparison_rows(selected, weights_of(run), run.recipe.pretrain.tokens, largest)
-    benchmarks = list(dict.fromkeys(name for each in scores.values() for name in each))
+    benchmarks = list(dict.fromkeys(name for each in selected for name in each.scores))
     content = {"rows": rows, "overlap": overlap, "facts": facts, "benchmarks": benchmarks}
     step.write_json(f"{TABLE}.json", content)
     step.write_text(f"{TABLE}.md", to_markdown(rows, facts, overlap, benchmarks))

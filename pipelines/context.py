@@ -33,7 +33,7 @@ from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, s
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "compare", "report")
+STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "evaluate", "compare", "report")
 
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
@@ -43,6 +43,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "select": ("select", "rank"),
     "export": (),
     "pretrain": ("pretrain",),
+    "evaluate": (),  # each model's scores are named by what is asked, so that other tasks leave what is made as it is
     "compare": (),  # each selection is named by what it is made from, so that another one leaves the rest as it is
     "report": ("name",),
 }
@@ -145,7 +146,8 @@ class Run:
         keys, previous = {}, content_key(corpus, files)
         for name in STEPS:
             sections = {section: self._section_fingerprint(section, content[section]) for section in _SECTIONS[name]}
-            previous = keys[name] = content_key(name, sections, previous)
+            keys[name] = content_key(name, sections, previous)
+            previous = previous if name == "evaluate" else keys[name]  # nothing is made from scores
         return keys
 
     def _section_fingerprint(self, name: str, content: Any) -> Any:
@@ -159,7 +161,7 @@ class Run:
         if name == "search" and (version := foreign("regressors", content["regressor"])):
             return [fingerprint(content), *version]
         if name == "validation":
-            return {**content, "path": _validation_fingerprint(content["path"])}
+            return {**content, "path": files_fingerprint(content["path"], "validation.path")}
         return fingerprint(content)
 
     def step(self, name: str) -> Step:
@@ -315,10 +317,10 @@ def fingerprint(value: Any) -> Any:
     return {"sha256": digest.hexdigest()}
 
 
-def _validation_fingerprint(paths: str | list[str]) -> Any:
+def files_fingerprint(paths: str | list[str], place: str) -> Any:
     """Names and content of the files behind the path; a name may be that of a task. The path itself while it is bad."""
     try:
-        files = list_files(paths, "validation.path")
+        files = list_files(paths, place)
     except InputError:
         return paths
     return [(file.name, file.version if "://" in file.path else sha256_file(Path(file.path))) for file in files]

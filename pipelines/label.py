@@ -13,6 +13,7 @@ from nemo_curator.tasks import FileGroupTask, Task
 from quadmix_plugin.config import scorer_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.errors import InputError, QuadmixError
+from quadmix_plugin.megatron import require_few_pairs
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, DOMAIN_TOP, DOMAIN_TOP_PROBABILITY, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
@@ -41,6 +42,7 @@ def label(run: Run) -> None:
     found = inspect(
         run.corpus_files, recipe.corpus.text, recipe.corpus.id, recipe.corpus.invalid_rows, columns_read(stages)
     )
+    require_few_pairs(sum(-(-rows // recipe.corpus.documents_per_shard) for rows in found.rows.values()), "corpus")
     top = [DOMAIN_TOP, DOMAIN_TOP_PROBABILITY] if recipe.domain.top_k else []
     columns = [DOC_ID, DOMAIN, *top, TOKENS, *map(score_column, run.scorers)]
     done = frozenset(entry.path.removeprefix("labels/").removesuffix(".parquet") for entry in step.entries())

@@ -11,8 +11,9 @@ from quadmix_plugin import registry
 from quadmix_plugin.config import Recipe, selector_plugin
 from quadmix_plugin.corpus import inspect
 from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.pipelines.compare import step_is_done
+from quadmix_plugin.pipelines.benchmarks import harness_settings
 from quadmix_plugin.pipelines.context import Run, executor_of, refuse_other_recipe, trainer_options
+from quadmix_plugin.pipelines.done import step_is_done
 from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.proxy_data import tokenised_rows
@@ -52,8 +53,9 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
         "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
         "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
         "select": "θ*" + (f" at {recipe.select.target_tokens:,} tokens" if recipe.select.target_tokens else ""),
-        "export": "tokens/train.bin and .idx",
+        "export": "tokens/train-*.bin and .idx" + (", selected/*.parquet" if recipe.export.text else ""),
         "pretrain": f"{len(recipe.pretrain.seeds)} models × {recipe.pretrain.tokens:,} tokens",
+        "evaluate": _benchmarks(run),
         "compare": f"{', '.join(compared) or 'nothing'}: {runs - len(recipe.pretrain.seeds)} models"
         + _mixtures(recipe),
         "report": "report.html",
@@ -84,6 +86,13 @@ def _proxies(recipe: Recipe) -> tuple[int, str]:
     return number, f"{number:,} ({', '.join(said)})"
 
 
+def _benchmarks(run: Run) -> str:
+    """The tasks of lm-evaluation-harness, in words."""
+    settings = harness_settings(run)
+    names = [*(name for name, _ in settings.tasks), *(task.name for task in settings.local)]
+    return f"{len(run.recipe.pretrain.seeds)} models: {', '.join(names)}" if names else "no tasks"
+
+
 def _mixtures(recipe: Recipe) -> str:
     """The proxies that selectors train, in words."""
     made = {name: selector_plugin(name, given) for name, given in recipe.compare.selectors.items()}
@@ -95,7 +104,8 @@ def _mixtures(recipe: Recipe) -> str:
 def _state(run: Run, name: str) -> str:
     step = run.step(name)
     if step.is_done and not step_is_done(run, name):
-        return "done for other selectors"
+        other = {"compare": "for other selectors", "evaluate": "for other tasks"}
+        return f"done {other.get(name, 'without the text')}"
     if name == "report":
         return "done" if (run.directory.root / "report.html").exists() else "to do"
     if step.is_done:

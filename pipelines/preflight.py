@@ -5,10 +5,11 @@ from glob import glob
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.local_tasks import read_questions
 from quadmix_plugin.models import load_tokenizer
 from quadmix_plugin.pipelines.benchmarks import harness_settings
-from quadmix_plugin.pipelines.compare import step_is_done
 from quadmix_plugin.pipelines.context import Run, trainer_options
+from quadmix_plugin.pipelines.done import step_is_done
 from quadmix_plugin.pipelines.label import label_stages
 from quadmix_plugin.pipelines.normalise import frozen_normaliser
 from quadmix_plugin.pipelines.proxy_rounds import require_first_round
@@ -27,7 +28,7 @@ _RESERVED = "objective"
 def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> None:
     """Checks tokenizer, labelling models, validation rows, objective and given parameters for what is not done.
 
-    Without ``fetch`` labelling models that are not on this machine are left unchecked.
+    Without ``fetch`` labelling models and benchmarks that are not on this machine are left unchecked.
 
     Raises:
         RecipeError: a key that does not fit the others, or the data that it names.
@@ -53,8 +54,8 @@ def check_before_work(run: Run, steps: Sequence[str], *, fetch: bool = True) -> 
         _check_given_parameters(run)
     if "compare" in todo:
         _check_files_of_selectors(run)
-        if recipe.evaluate.tasks:
-            _check_benchmarks(run)
+    if {"evaluate", "compare"} & set(todo) and not recipe.evaluate.is_empty:
+        _check_benchmarks(run, fetch)
     if {"proxies", "search", "pretrain", "compare"} & set(todo):
         rows = _validation_rows(run)
         for name in ("proxy", "pretrain"):
@@ -70,9 +71,16 @@ def _check_labelling_models(run: Run, fetch: bool) -> None:
             stage.check(fetch=fetch)
 
 
-def _check_benchmarks(run: Run) -> None:
+def _check_benchmarks(run: Run, fetch: bool) -> None:
+    """The questions are read before hours of training; without ``fetch`` those of the harness are left alone."""
+    settings = harness_settings(run)
     try:
-        harness_settings(run).manager()
+        if fetch:
+            settings.check()
+        else:
+            settings.check_names()
+            for task in settings.local:
+                read_questions(task)
     except InputError as error:
         raise RecipeError(str(error)) from error
 

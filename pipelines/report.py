@@ -1,4 +1,4 @@
-"""Step 7: report.html over whatever the run directory holds; it makes nothing that is not already there."""
+"""Step 9: report.html over whatever the run directory holds; it makes nothing that is not already there."""
 
 from collections import Counter
 from typing import Any
@@ -9,6 +9,7 @@ import pyarrow as pa
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.compare import CURVES, RESULTS, TABLE, losses_of, weights_of
 from quadmix_plugin.pipelines.context import STEPS, Run
+from quadmix_plugin.pipelines.evaluate import read_summary
 from quadmix_plugin.pipelines.provenance import provenance
 from quadmix_plugin.pipelines.search_figures import named_ways, search_drawings
 from quadmix_plugin.pipelines.select import QUADMIX, selected_copies
@@ -42,6 +43,7 @@ def report(run: Run) -> None:
         theta=_theta(run, done),
         provenance={key: value for key, value in provenance(run).items() if key != "steps"},
         warnings=_warnings(run, done),
+        evaluation=read_summary(run) if "evaluate" in done else None,
         **_search(run, done),
         **_models(run, done),
     )

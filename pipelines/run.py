@@ -8,6 +8,7 @@ from typing import Any
 from quadmix_plugin.errors import UsageError
 from quadmix_plugin.pipelines import compare
 from quadmix_plugin.pipelines.context import STEPS, Run
+from quadmix_plugin.pipelines.done import step_is_done
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
 from quadmix_plugin.pipelines.report import verdict
@@ -36,7 +37,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     seconds, was_done = {}, {}
     for name in steps:
         started = time.monotonic()
-        was_done[name] = name != "report" and compare.step_is_done(run, name)
+        was_done[name] = name != "report" and step_is_done(run, name)
         step_function(name)(run)
         seconds[name] = round(time.monotonic() - started, 2)
     write_provenance(run)

@@ -5,7 +5,7 @@ Pure functions over numbers; ``pipelines.compare`` makes the numbers.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Selected:
 
     ``facts``: plugin, budget_tokens, documents, copies, tokens, unique_tokens, epochs, domain_tokens; where copies are
     drawn also expected_tokens and sd_tokens. ``losses``: task → one per seed. ``overlap``: token-weighted Jaccard with
-    the selection of θ*. ``scores``: benchmark → one per seed, higher is better.
+    the selection of θ*. ``scores``: benchmark → one per seed, higher is better but for those in ``lower``.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Selected:
     losses: Mapping[str, Sequence[float]]
     overlap: float
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    lower: Collection[str] = ()
 
 
 def comparison_rows(
@@ -44,11 +45,12 @@ def comparison_rows(
     ``weights`` of the tasks in the objective, the weighted mean loss; empty: all equally. ``trained_tokens`` of each
     model; ``largest``: tokens of the longest document. A measure's standing is "best", "near-tie", "unclear" or
     "worse", as ``verdict.compare`` judges it against the best; "unknown" without two seeds. Benchmarks come after the
-    losses, likewise judged, the highest as the best.
+    losses, likewise judged, the highest as the best, or the lowest of bits and perplexity.
     """
     measures = {each.name: _measures(each.losses, weights) | dict(each.scores) for each in selected}
     tasks = list(dict.fromkeys(task for each in selected for task in measures[each.name]))
-    signs = {task: -1.0 if any(task in each.scores for each in selected) else 1.0 for task in tasks}
+    higher = {task for each in selected for task in each.scores if task not in each.lower}
+    signs = {task: -1.0 if task in higher else 1.0 for task in tasks}
     best = {t: min(selected, key=lambda each: _by_mean(measures[each.name][t], signs[t])).name for t in tasks}
     rows = []
     for each in selected:
@@ -154,7 +156,7 @@ def to_markdown(
             _markdown(["selection", "method", *titles.values(), "against θ*"], losses),
             "Loss in nats per token, mean ± standard deviation over "
             f"{rows[0]['seeds']} seeds; lower is better"
-            + ("; benchmarks by lm-evaluation-harness: higher is better. " if benchmarks else ". ")
+            + ("; benchmarks by lm-evaluation-harness: higher is better, of bits lower. " if benchmarks else ". ")
             + "**Bold**: the best mean. ≈: a near-tie with it (less than one pooled standard deviation). "
             "?: not settled by these seeds. Others are worse, outside the noise. Against θ*: the "
             "objective, likewise held against that of `quadmix`.",

@@ -7,7 +7,7 @@ are relative to the recipe's folder. A fault is one line with the place, the val
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,6 +19,7 @@ from quadmix_plugin.sections import (
     DomainSection,
     Evaluate,
     Executor,
+    Export,
     Name,
     Normalise,
     Options,
@@ -53,6 +54,7 @@ class Recipe(Section):
     proxy: Proxy = Proxy()
     search: Search = Search()
     select: Select = Select()
+    export: Export = Export()
     pretrain: Pretrain = Pretrain()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
@@ -171,12 +173,16 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys(loc: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
+    model: Any = Recipe
     for part in loc:
-        field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if get_origin(model) is dict:  # of sections by name
+            model = get_args(model)[1]
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+        else:
             return []
-        model = field.annotation
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return []
     return sorted(model.model_fields)
 
 
@@ -197,6 +203,8 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta"), ("evaluate", "task_folder")):
         if content[section][key]:
             content[section][key] = absolute(content[section][key])
+    for questions in content["evaluate"]["local"].values():
+        questions["path"] = absolute(questions["path"])
     selectors = content["compare"]["selectors"].values()
     for options in selectors:
         options |= {key: absolute(options[key]) for key in ("theta", "mixture", "target") if options.get(key)}

@@ -141,6 +141,23 @@ def read_json_lines(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{file.path}: after line {line_number}: cannot be read ({error}); write it again") from error
 
 
+def read_records(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line or row numbers (from 1) and rows of a JSON Lines or Parquet file.
+
+    Raises:
+        InputError: as ``read_json_lines``, or a Parquet file that cannot be read.
+    """
+    if not file.is_parquet:
+        yield from read_json_lines(file)
+        return
+    try:
+        with fsspec.open(file.path, "rb") as stream:
+            records = pq.read_table(stream).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.path}: cannot be read as Parquet ({error}); write it again") from error
+    yield from enumerate(records, start=1)
+
+
 def _object(file: CorpusFile, line_number: int, line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)

@@ -17,7 +17,8 @@ from quadmix_plugin.proxy.model import Decoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
-FILES = (WEIGHTS, CONFIG, _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG)
+_TOKENIZER_FILES = (_TOKENIZER, _TOKENIZER_CONFIG)
+FILES = (WEIGHTS, CONFIG, _GENERATION, *_TOKENIZER_FILES)
 
 
 def write_model(step: Step, folder: str, model: "Decoder", eod: int, tokenizer: str | Path) -> None:
@@ -37,14 +38,21 @@ def save_model(paths: dict[str, Path], model: "Decoder", eod: int, tokenizer: Pa
     """Writes the files of a model at these paths, by their names in ``FILES``; raises as ``write_model``."""
     save_weights(model, paths[WEIGHTS], paths[CONFIG], eod)
     _write_json(paths[_GENERATION], {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod, "do_sample": False})
+    save_tokenizer(paths, tokenizer, eod, model.shape.context)
+
+
+def write_tokenizer(step: Step, folder: str, tokenizer: str | Path, eod: int, context: int) -> None:
+    """Enters a tokenizer alone in ``folder``, a name in the run directory, as it goes with a model."""
+    with step.writing(*(f"{folder}/{name}" for name in _TOKENIZER_FILES)) as paths:
+        save_tokenizer(dict(zip(_TOKENIZER_FILES, paths, strict=True)), Path(tokenizer), eod, context)
+
+
+def save_tokenizer(paths: dict[str, Path], tokenizer: Path, eod: int, context: int) -> None:
+    """Writes a fast tokenizer, whatever the class of that in the folder was, which adds no tokens of its own."""
     loaded = load_tokenizer(str(tokenizer))
     loaded.save(str(paths[_TOKENIZER]))
-    _write_json(paths[_TOKENIZER_CONFIG], _tokenizer_config(loaded.id_to_token(eod), model.shape.context))
-
-
-def _tokenizer_config(end: str, context: int) -> dict[str, Any]:
-    """A fast tokenizer whatever its class was, which adds no tokens of its own."""
-    return {
+    end = loaded.id_to_token(eod)
+    content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
@@ -52,6 +60,7 @@ def _tokenizer_config(end: str, context: int) -> dict[str, Any]:
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
+    _write_json(paths[_TOKENIZER_CONFIG], content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

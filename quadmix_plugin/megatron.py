@@ -1,21 +1,30 @@
 """Megatron token files: ``.bin`` with the ids of all documents, ``.idx`` with their lengths.
 
-Written by megatron-core's own builder and read through its own reader; nothing here knows a run directory. The
-arrays of megatron's readers die with them, so what leaves this module is a copy or a memory map of its own.
+Written byte for byte as megatron-core's own builder does and read through its own reader; nothing here knows a run
+directory. The arrays of megatron's readers die with them, so what leaves this module is a copy or a memory map of its
+own.
 """
 
 import struct
 import warnings
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.errors import InputError, QuadmixError
+
+MOST_PAIRS = 32_766
+"""Of one blend: megatron-core's BlendedDataset numbers them by 16 bits and refuses 32,767."""
+
+_HEADER = b"MMIDIDX\x00\x00"
+_BATCH = 1 << 20  # ids that are put together before they are written
+_LONGEST = (1 << 31) - 1  # tokens of a document and its end: the index has lengths of 32 bits
 
 _SAMPLE = 1 << 20
 _FEWEST_IDS = 8
@@ -31,39 +40,118 @@ class Written:
 
 
 def write_documents(
-    documents: Iterable[ArrayLike], bin_path: Path, idx_path: Path, vocabulary: int, eod: int | None = None
+    documents: Iterable[ArrayLike],
+    bin_path: Path,
+    idx_path: Path,
+    vocabulary: int,
+    eod: int | None = None,
+    named: Callable[[int], str] = "document {}".format,
 ) -> Written:
-    """Writes each array of ids as one document, ``eod`` (if given) after each, and reads the pair back.
+    """Writes each list or array of ids as one document, ``eod`` (if given) after each, and reads the pair back.
 
-    The ids take 2 bytes below a vocabulary of 65,500 and 4 from there on, as in megatron-core.
+    The bytes are those of megatron-core's ``IndexedDatasetBuilder``, which writes document by document; here some
+    million ids are put together first. The ids take 2 bytes below a vocabulary of 65,500 and 4 from there on, as in
+    megatron-core. ``named`` says in an error which document it is about.
 
     Raises:
-        InputError: a document without tokens, or an id outside the vocabulary; nothing usable is left then.
+        InputError: a document without tokens, an id outside the vocabulary, or ids that are no whole numbers; nothing
+            usable is left then.
         QuadmixError: the files do not read back as written.
     """
-    builder_class, dtypes = _indexed("IndexedDatasetBuilder"), _indexed("DType")
-    dtype = dtypes.optimal_dtype(vocabulary)
-    end = np.array([] if eod is None else [eod], dtype=np.int64)
-    builder = builder_class(str(bin_path), dtype=dtype)
-    count = tokens = 0
-    try:
-        for document in documents:
-            ids = np.concatenate([np.asarray(document, dtype=np.int64), end])
-            if ids.size == 0 or ids.min() < 0 or ids.max() >= vocabulary:
-                what = "has no tokens" if ids.size == 0 else f"has ids from {ids.min()} to {ids.max()}"
-                raise InputError(f"document {count}: {what}; give ids from 0 to {vocabulary - 1}")
-            builder.add_document(ids.astype(dtype), [ids.size])
-            count, tokens = count + 1, tokens + ids.size
-        builder.finalize(str(idx_path))
-    finally:
-        builder.data_file.close()
-    back = TokenFile.open_pair(bin_path, idx_path)
+    dtype = np.dtype(_indexed("DType").optimal_dtype(vocabulary))
+    lengths: list[NDArray[np.int32]] = []
+    count = 0
+    with bin_path.open("wb", buffering=0) as file:
+        for batch in _batches(documents):
+            ids, ends = _joined(batch, eod, count, named)
+            if ids.min() < 0 or ids.max() >= vocabulary:
+                first = int(np.flatnonzero((ids < 0) | (ids >= vocabulary))[0])
+                place = named(count + int(np.searchsorted(ends, first, side="right")))
+                raise InputError(f"{place}: an id of {ids[first]}; give ids from 0 to {vocabulary - 1}")
+            _write_all(file, ids.astype(dtype, copy=False))
+            lengths.append(np.diff(ends, prepend=0).astype(np.int32))
+            count += len(batch)
+    joint = np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int32)
+    _write_index(idx_path, joint, dtype)
+    back, tokens = TokenFile.open_pair(bin_path, idx_path), int(joint.sum(dtype=np.int64))
     if (back.n_documents, back.n_tokens) != (count, tokens):
         raise QuadmixError(
             f"{bin_path}: reads back as {back.n_documents} documents with {back.n_tokens} tokens, not {count} with "
             f"{tokens}; check the disk"
         )
     return Written(count, tokens)
+
+
+def require_few_pairs(pairs: int, place: str) -> None:
+    """Refuses more token files than one blend can have.
+
+    Raises:
+        InputError: names the remedy.
+    """
+    if pairs > MOST_PAIRS:
+        raise InputError(
+            f"{place}: {pairs:,} shards, and Megatron blends at most {MOST_PAIRS:,} token files; raise "
+            f"corpus.documents_per_shard"
+        )
+
+
+def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    """The documents, some million ids at a time; a longer one comes alone or as the last of its batch."""
+    batch: list[Any] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document)
+        if held >= _BATCH:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _joined(
+    batch: list[Any], eod: int | None, count: int, named: Callable[[int], str]
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """The ids of these documents one after the other, and where each ends; ``count`` documents came before."""
+    lengths = np.fromiter(map(len, batch), dtype=np.int64, count=len(batch))
+    if not lengths.all() or lengths.max() >= _LONGEST:
+        at = int(np.argmin(lengths)) if not lengths.all() else int(np.argmax(lengths))
+        raise InputError(f"{named(count + at)}: {lengths[at]} tokens; give each document 1 to {_LONGEST - 1}")
+    end = [] if eod is None else [eod]
+    if all(type(document) is list for document in batch):
+        flat = array("I")  # several times as fast as numpy at taking lists of Python's numbers
+        for at, document in enumerate(batch):
+            try:
+                flat.fromlist(document)
+                flat.extend(end)
+            except (OverflowError, TypeError) as error:
+                raise InputError(f"{named(count + at)}: {error}; give ids as whole numbers from 0 on") from error
+        ids: NDArray[Any] = np.frombuffer(flat, dtype=np.uintc)
+    else:
+        tail = np.array(end, dtype=np.uint32)
+        parts = [np.asarray(document) for document in batch]
+        ids = np.concatenate([part for each in parts for part in (each, tail)] if end else parts)
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"{named(count)}: ids of type {ids.dtype}; give whole numbers")
+    return ids, np.cumsum(lengths + len(end))
+
+
+def _write_all(file: BinaryIO, ids: NDArray[Any]) -> None:
+    """All bytes: an unbuffered file may take fewer at a time."""
+    rest = np.ascontiguousarray(ids).data.cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _write_index(idx_path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """The index of documents with one sequence each, byte by byte as megatron-core's ``_IndexWriter`` has it."""
+    code = _indexed("DType").code_from_dtype(dtype.type)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with idx_path.open("wb") as file:
+        file.write(_HEADER + struct.pack("<QBQQ", 1, code, lengths.size, lengths.size + 1))
+        file.write(lengths.astype("<i4", copy=False).tobytes())
+        file.write(np.concatenate([[0], ends])[: lengths.size].astype("<i8").tobytes())
+        file.write(np.arange(lengths.size + 1, dtype="<i8").tobytes())
 
 
 @dataclass(frozen=True, eq=False)

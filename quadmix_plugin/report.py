@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadmix_plugin import figures
+from quadmix_plugin.benchmark_scores import LEGEND, average_in_words, in_order
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.figures import Drawing
 from quadmix_plugin.parameters import Parameters
@@ -73,6 +74,7 @@ def render(data: ReportData) -> str:
         "results": results,
         "tasks": _tasks(verdict),
         "curves": _curves(data),
+        "benchmarks": _benchmarks(data.evaluation),
         "provenance": _flat(data.provenance),
         "warnings": [*data.warnings, *_unequal(data, results)],
     }
@@ -295,6 +297,15 @@ def _tasks(verdict: Verdict | None) -> list[dict[str, Any]]:
         row["worse"] = [c for c in row["cells"] if c.outcome == "worse"]
         row["behind"] = [c for c in row["cells"] if c.outcome != "worse" and c.difference < 0]
     return rows
+
+
+def _benchmarks(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A row per task, and the paper's average in words."""
+    if evaluation is None:
+        return None
+    average = evaluation["average"] and average_in_words(evaluation["average"])
+    facts = {name: evaluation[name] for name in ("harness", "limit")}
+    return {"rows": in_order(evaluation), "average": average, "legend": LEGEND, **facts}
 
 
 def _curves(data: ReportData) -> Drawing | None:

@@ -117,6 +117,8 @@ class ReportData:
     """Rows of ``comparison.comparison_rows``."""
     benchmarks: Sequence[str] = ()
     """Measures of ``comparison`` that are scores of benchmarks, higher = better."""
+    evaluation: Mapping[str, Any] | None = None
+    """Benchmarks of θ*'s models: ``benchmark_scores.summarise``, with ``harness`` and ``limit``; None: no tasks."""
     overlap: Mapping[str, Mapping[str, float]] | None = None
     """Token-weighted Jaccard of every two selections, in [0, 1]."""
     curves: pa.Table | None = None

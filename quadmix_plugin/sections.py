@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quadmix_plugin.paper_tasks import SUITE
 from quadmix_plugin.parameters import ParameterSpace
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
@@ -235,12 +236,20 @@ class Select(Section):
     """A theta.json to use in place of this run's own search."""
 
 
+class Export(Section):
+    """What is written of the selection beside its token files."""
+
+    text: bool = False
+    """The selected documents as Parquet too, with their copies and the reasons; may be asked for later."""
+
+
 class Pretrain(Section):
     """The models trained on θ*'s selection, one per seed, and in a comparison on every other."""
 
     tokens: int = Field(default=500_000_000_000, ge=1)
-    seeds: list[Seed] = Field(default_factory=lambda: [1, 2], min_length=2)
-    trainer: str = "torch"
+    seeds: list[Seed] = Field(default_factory=lambda: [1, 2], min_length=1)
+    """One model each; a comparison needs two for a verdict."""
+    trainer: str = "megatron"
     options: Options = Field(default_factory=dict)
 
     @field_validator("seeds")
@@ -271,19 +280,63 @@ class Compare(Section):
         return value
 
 
+class LocalQuestions(Section):
+    """Questions in files of one's own, as a benchmark that needs no network."""
+
+    path: str | list[str]
+    """JSON Lines or Parquet: a file, a folder, a glob, or a list of them."""
+    kind: Literal["multiple_choice", "bits_per_byte", "exact_match"] | None = None
+    """None: ``multiple_choice`` where there is a column of choices, else ``bits_per_byte``."""
+    prompt: str | None = "prompt"
+    """Column of the question; None: the text stands alone."""
+    choices: str = "choices"
+    answer: str = "answer"
+    """Column of the index of the right choice, from 0."""
+    response: str = "response"
+    """Column of the text whose bits are counted, or of the answer, or list of answers, that must be generated."""
+    mask_prompt: bool = True
+    """Bits of the response given the prompt, or of both together."""
+    delimiter: str = " "
+    """Between prompt and choice or response."""
+    fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question, other rows of the same files; None: ``evaluate.fewshot``."""
+
+
 class Evaluate(Section):
     """Benchmarks of lm-evaluation-harness for every trained model; without tasks there are none."""
 
-    tasks: list[str] = Field(default_factory=list)
-    """Names of the harness, or of ``task_folder``."""
+    tasks: dict[str, Annotated[int, Field(ge=0)] | None] = Field(default_factory=dict)
+    """Names of the harness or of ``task_folder``, a list or name → examples before each question; None: as the task
+    says. ``paper`` stands for the paper's nine."""
+    local: dict[Name, LocalQuestions] = Field(default_factory=dict)
+    """Name → questions in files of one's own."""
     task_folder: str | None = None
     """A folder with YAML files of tasks of one's own."""
     fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; None: as each task says."""
+    """Examples before each question where nothing else is said; None: as each task says, and none for local ones."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many questions of each task."""
     batch_size: int = Field(default=8, ge=1)
     """Requests at a time; no influence on the scores beyond rounding."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed_tasks(cls, content: Any) -> Any:
+        """A list of names as the mapping that it stands for."""
+        tasks = content.get("tasks") if isinstance(content, dict) else None
+        if tasks is None or isinstance(tasks, dict):
+            return content
+        if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
+            raise ValueError(f"tasks is {tasks!r}; give a list of names, or a mapping of names to examples")
+        if twice := [name for name in tasks if tasks.count(name) > 1]:
+            raise ValueError(f"tasks: {twice[0]!r} is given twice; name it once")
+        fewshot = content.get("fewshot")
+        return {**content, "tasks": {name: None if name == SUITE else fewshot for name in tasks}}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is evaluated."""
+        return not self.tasks and not self.local
 
 
 class Executor(Section):

@@ -1,4 +1,4 @@
-"""What a command lets appear on stderr: progress as bars or as lines, and nothing of the libraries."""
+"""What a command lets appear: on stderr progress as bars or as lines, and nothing of the libraries; tables of a fit."""
 
 import logging
 import os
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from quadmix_plugin.pipelines.context import Progress
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SHOWN = 8
 
+stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)
 
 
@@ -112,3 +115,27 @@ def quiet_libraries(verbose: bool) -> None:
         logger.disable("nemo_curator")  # LOGURU_LEVEL has no effect: a dependency adds a handler of its own
         for name in ("megatron", "transformers", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def print_fit(metrics: dict[str, Any]) -> None:
+    """The errors of ``quadmix fit`` and the best input, as a table and some lines."""
+    tests = metrics["measured_on"] == "test rows"
+    rows = f"{metrics['test_rows']} test rows" if tests else "cross-validation"
+    leak = ", by which early stopping chose" if metrics.get("early_stopped_on_test") else ""
+    table = Table(Column("target", overflow="fold"), "Spearman", "95 %", "Pearson", "MAE", "R²")
+    table.title = f"measured on {rows}{leak}"
+    for name, each in metrics["targets"].items():
+        chosen = metrics.get("chosen", {}).get(name)
+        low, high = each["interval"]["spearman"]
+        numbers = [f"{each['spearman']:.4f}", f"{low:.4f}–{high:.4f}", f"{each['pearson']:.4f}"]
+        numbers += [f"{each['mae']:.4f}", f"{each['r2']:.3f}"]
+        table.add_row(escape(name + (f" ({chosen})" if chosen else "")), *numbers)
+    stdout.print(table)
+    counts = [f"{metrics[key]} {key}" for key in ("rows", "failed", "unmatched") if metrics[key]]
+    stdout.print(f"{', '.join(counts)}; regressor {metrics['regressor']}", markup=False, highlight=False)
+    optimum = sorted(metrics["optimum"].items(), key=lambda item: -item[1])
+    more = f" … and {len(optimum) - _SHOWN} more" if len(optimum) > _SHOWN else ""
+    said = ", ".join(f"{name} {value:.4g}" for name, value in optimum[:_SHOWN])
+    stdout.print(f"optimum, largest first: {said}{more}", markup=False, highlight=False)
+    for rival in ("mean_row", "best_row"):
+        stdout.print(metrics["gain"][rival]["sentence"], markup=False, highlight=False)

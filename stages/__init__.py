@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quadmix_plugin.stages.count_tokens import CountTokens
     from quadmix_plugin.stages.domain_classify import DomainClassify
     from quadmix_plugin.stages.export_tokens import ExportTokens
+    from quadmix_plugin.stages.gather_tokens import GatherTokens
     from quadmix_plugin.stages.merge_rank import FitRank, FitTail, MergeRank
     from quadmix_plugin.stages.normalise_scores import FitNormaliser, NormaliseScores
     from quadmix_plugin.stages.prepare_documents import PrepareDocuments
@@ -26,6 +27,7 @@ _HOME = {
     "CountTokens": "count_tokens",
     "DomainClassify": "domain_classify",
     "ExportTokens": "export_tokens",
+    "GatherTokens": "gather_tokens",
     "MergeRank": "merge_rank",
     "NormaliseScores": "normalise_scores",
     "PrepareDocuments": "prepare_documents",
@@ -47,6 +49,7 @@ __all__ = [
     "FitNormaliser",
     "FitRank",
     "FitTail",
+    "GatherTokens",
     "MergeRank",
     "NormaliseScores",
     "PrepareDocuments",

@@ -34,10 +34,11 @@ class ReadColumns(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Columns of the documents of a shard, rows as in the score table.
 
     Args:
-        table: the step with ``<table>/<shard>.parquet``, the score table.
+        table: the step with ``<folder>/<shard>.parquet``, the score table or a selection from it.
         columns: what is wanted; ``text`` among them comes from the incoming batch, which then has ``doc_id`` and
             ``text`` of all documents of the shard.
         derived: where columns that the score table does not have are.
+        folder: None for the name of the step.
 
     Raises:
         InputError: a column that is nowhere, or a document of the score table whose text is not there.
@@ -46,6 +47,7 @@ class ReadColumns(ProcessingStage[DocumentBatch, DocumentBatch]):
     table: Step
     columns: list[str]
     derived: list[Derived] = field(default_factory=list)
+    folder: str | None = None
     name: str = "read_columns"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
     batch_size: int = 1
@@ -63,7 +65,8 @@ class ReadColumns(ProcessingStage[DocumentBatch, DocumentBatch]):
         shard = str(task._metadata["shard"])
         source = {name: each for each in self.derived for name in each.columns}
         own = [name for name in self.columns if name not in source and name != TEXT]
-        table = self.table.read_table(f"{self.table.name}/{shard}.parquet", list(dict.fromkeys([DOC_ID, *own])))
+        path = f"{self.folder or self.table.name}/{shard}.parquet"
+        table = self.table.read_table(path, list(dict.fromkeys([DOC_ID, *own])))
         for each in dict.fromkeys(source[name] for name in self.columns if name in source):
             made = each.step.read_table(f"{each.folder}/{shard}.parquet", list(each.columns))
             for name in each.columns:

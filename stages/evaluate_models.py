@@ -1,4 +1,4 @@
-"""EvaluateModels: one row of work is one trained model; out come its benchmark scores, as an artifact of its own."""
+"""EvaluateModels: one row of work is one trained model; out come its benchmark scores, an artifact for each task."""
 
 from dataclasses import dataclass, field
 
@@ -14,9 +14,9 @@ from quadmix_plugin.store import Step
 
 @dataclass
 class EvaluateModels(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Runs lm-evaluation-harness on one model per row and writes its scores as JSON.
+    """Runs lm-evaluation-harness on one model per row and writes the scores of each task as JSON.
 
-    A row has ``model`` (a folder in Hugging Face's format) and ``scores`` (the artifact).
+    A row has ``model`` (a folder in Hugging Face's format), ``tasks`` and ``scores`` (the artifact of each).
 
     Args:
         step: where the scores are entered.
@@ -39,26 +39,32 @@ class EvaluateModels(ProcessingStage[DocumentBatch, DocumentBatch]):
         self.resources = Resources(cpus=1.0, gpus=1.0 if choose_device(self.device).startswith("cuda") else 0.0)
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """The work: which model, and where its scores go."""
-        return ["data"], ["model", "scores"]
+        """The work: which model, which tasks, and where their scores go."""
+        return ["data"], ["model", "tasks", "scores"]
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """The same."""
-        return ["data"], ["model", "scores"]
+        return ["data"], ["model", "tasks", "scores"]
 
     def process(self, task: DocumentBatch) -> DocumentBatch:
         """Evaluates the models of one batch that have no scores yet."""
         for row in task.to_pyarrow().to_pylist():
-            if self.step.entry(row["scores"]) is None:
-                device = choose_device(self.device)
-                found = evaluate_model(row["model"], self.tokenizer, self.settings, device, self.seed)
-                self.step.write_json(row["scores"], found)
+            todo = {
+                name: path
+                for name, path in zip(row["tasks"], row["scores"], strict=True)
+                if self.step.entry(path) is None
+            }
+            if todo:
+                device, settings = choose_device(self.device), self.settings.only(list(todo))
+                found = evaluate_model(row["model"], self.tokenizer, settings, device, self.seed)
+                for name, path in todo.items():
+                    self.step.write_json(path, found[name])
         return task
 
 
 def evaluation_tasks(work: pa.Table) -> list[DocumentBatch]:
     """One task per row of work."""
     return [
-        DocumentBatch(dataset_name=path, data=work.slice(i, 1), _metadata={"shard": path})
-        for i, path in enumerate(work["scores"].to_pylist())
+        DocumentBatch(dataset_name=paths[0], data=work.slice(i, 1), _metadata={"shard": paths[0]})
+        for i, paths in enumerate(work["scores"].to_pylist())
     ]

@@ -1,9 +1,9 @@
-"""PretrainSelections: one row of work trains a model on one selection's token file with one seed, for the comparison.
+"""PretrainSelections: one row of work trains a model on one selection's token files with one seed.
 
-Same trainer and same loss as the proxies, but more tokens, and the validation rows on which nothing was searched.
+The validation rows are those on which nothing was searched. A model that is there is not trained again; one that was
+begun goes on from its last checkpoint where its trainer keeps any.
 """
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,37 +13,44 @@ from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch
 
 from quadmix_plugin import registry
-from quadmix_plugin.proxy.parts import flat_row, measured
-from quadmix_plugin.proxy.pieces import cut_pieces
-from quadmix_plugin.proxy.pool import TokenPool
-from quadmix_plugin.proxy.validation import load_validation_sets
+from quadmix_plugin.pretraining.job import PretrainJob
+from quadmix_plugin.pretraining.pieces import train_on_pieces
+from quadmix_plugin.proxy.parts import flat_row
 from quadmix_plugin.stages.train_proxies import trainer_resources
 from quadmix_plugin.store import Step
+
+_OF_A_ROW = (
+    "selector", "seed", "prefixes", "documents", "selected_tokens", "unique_tokens", "part", "model", "folder",
+)  # fmt: skip
+_LISTS = ("prefixes", "documents")
 
 
 @dataclass
 class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Trains on one token file per row and writes its results.
+    """Trains on the token files of each row and writes its model and results.
 
-    A row has ``selector``, ``seed`` (initial weights and order of the data), ``prefix`` (path without ``.bin``),
-    ``unique_tokens``, ``part`` (the artifact of the results) and ``model`` (folder of the model in Hugging Face's Llama
-    format).
+    A row has the fields of ``PretrainJob`` that differ from job to job: ``selector``, ``seed``, ``prefixes``,
+    ``documents``, ``selected_tokens``, ``unique_tokens``, ``part``, ``model`` and ``folder``.
 
     Args:
         step: where the results are entered.
         validation: path of a Parquet file of ``tokenise_rows``; the rows of the part ``report`` are used.
+        validation_tokens: prefix of the token files that trainers with a validation loss of their own take it on.
         tokens: training tokens of each model.
         vocabulary: number of ids.
         eod: id of the end-of-document token.
+        tokenizer: folder of the tokenizer.
         trainer: a name of the group ``trainers``, with ``options``.
     """
 
     step: Step
     validation: str
+    validation_tokens: str
     tokens: int
     vocabulary: int
     eod: int
-    trainer: str = "torch"
+    tokenizer: str
+    trainer: str = "megatron"
     options: dict[str, Any] = field(default_factory=dict)
     name: str = "pretrain_selections"
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
@@ -54,7 +61,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def inputs(self) -> tuple[list[str], list[str]]:
         """The work: which selection, and the seed."""
-        return ["data"], ["selector", "seed", "prefix", "unique_tokens", "part", "model"]
+        return ["data"], list(_OF_A_ROW)
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """Selection and seed; ``loss_<task>`` and facts beside them."""
@@ -70,33 +77,34 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
             _stage_perf=list(task._stage_perf),
         )
 
+    def job(self, work: dict[str, Any]) -> PretrainJob:
+        """The job of a row."""
+        given: Any = {name: tuple(work[name]) if name in _LISTS else work[name] for name in _OF_A_ROW}
+        return PretrainJob(
+            root=str(self.step.root),
+            step=self.step.name,
+            key=self.step.key,
+            tokens=self.tokens,
+            validation=self.validation,
+            validation_tokens=self.validation_tokens,
+            vocabulary=self.vocabulary,
+            eod=self.eod,
+            tokenizer=self.tokenizer,
+            trainer=self.trainer,
+            options=self.options,
+            **given,
+        )
+
     def _row(self, work: dict[str, Any]) -> dict[str, Any]:
         path = work["part"]
         if self.step.entry(path) is None:
-            self.step.write_json(path, self._train(work))
+            job = self.job(work)
+            trainer = registry.create("trainers", self.trainer, self.options, "pretrain.options")
+            if hasattr(trainer, "pretrain"):
+                trainer.pretrain(job)
+            else:
+                train_on_pieces(trainer, job)
         return flat_row(self.step.read_json(path))
-
-    def _train(self, work: dict[str, Any]) -> dict[str, Any]:
-        from quadmix_plugin.proxy.model import save_weights
-
-        started = time.perf_counter()
-        trainer = registry.create("trainers", self.trainer, self.options, "pretrain.options")
-        pool = TokenPool.open([work["prefix"]])
-        pieces = cut_pieces(pool, None, None, trainer.context, self.tokens, work["seed"], trainer.batch_size)
-        sets = load_validation_sets(self.validation, "report")
-        result = trainer.train(pieces, sets, seed=work["seed"], vocabulary=self.vocabulary)
-        folder = work["model"]
-        with self.step.writing(f"{folder}/model.safetensors", f"{folder}/config.json") as (weights, config):
-            save_weights(result.model, weights, config, self.eod)
-        return {
-            "selector": work["selector"],
-            "seed": work["seed"],
-            **measured(result, sets),
-            "selected_tokens": pieces.selected_tokens,
-            "unique_tokens": work["unique_tokens"],
-            "epochs": pieces.epochs,
-            "seconds": time.perf_counter() - started,
-        }
 
 
 def pretrain_tasks(work: pa.Table) -> list[DocumentBatch]:

@@ -196,7 +196,9 @@ def test_token_files_hold_the_selection_of_each(whole: Path) -> None:
         parts = pa.concat_tables(pq.read_table(path) for path in sorted((folder / "selection").glob("*.parquet")))
         assert int((parts["tokens"].to_numpy() * parts["copies"].to_numpy()).sum()) == row["tokens"]
         assert parts["copies"].to_numpy().min() > 0
-        lengths = TokenFile.open(folder / "tokens" / "train").lengths
+        prefixes = (folder / "tokens" / "blend.txt").read_text(encoding="utf-8").split()[1::2]
+        assert all((whole / prefix).parent == folder / "tokens" for prefix in prefixes)
+        lengths = np.concatenate([TokenFile.open(whole / prefix).lengths for prefix in prefixes])
         assert len(lengths) == row["copies"]
         assert int(lengths.sum()) == row["tokens"] + row["copies"]  # and the end of every document
 
@@ -286,13 +288,15 @@ def _forget(out: Path, *artifacts: str) -> None:
         ("summary.json", "selection/{shard}"),
         ("summary.json", "selection/{shard}", "columns/dsir_log_weight/{shard}"),
         ("summary.json",),
-        ("tokens/train.idx",),
+        ("tokens/train-{stem}.idx",),
+        ("tokens/train-{stem}.json", "tokens/train-{stem}.bin", "tokens/blend.json"),
     ],
 )
 def test_what_is_lost_is_made_again_and_the_same(recipe: Path, whole: Path, out: Path, lost: tuple[str, ...]) -> None:
     folder = _folder(out, "dsir")
-    shard = sorted((folder / "selection").glob("*.parquet"))[2].name
-    _forget(out, "_SUCCESS", *(f"compare/{folder.name}/{name.format(shard=shard)}" for name in lost))
+    shard = sorted((folder / "selection").glob("*.parquet"))[2]
+    names = [name.format(shard=shard.name, stem=shard.stem) for name in lost]
+    _forget(out, "_SUCCESS", *(f"compare/{folder.name}/{name}" for name in names))
     others = [_folder(out, name) for name in SELECTORS if name != "dsir"]
     kept = _stamps(*others, folder / "models" / "dsir-2", *(folder / "columns").rglob("*.parquet"))
     _compare(recipe, out)

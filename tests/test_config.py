@@ -71,6 +71,18 @@ def test_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"compare__selectors": {"quadmix": {}}}, "'quadmix' stands for the selection of θ* itself"),
         ({"name": ".."}, "name: string should match pattern"),
         ({"compare__selectors": {".x": {"selector": "random"}}}, "compare.selectors"),
+        ({"evaluate__tasks": ["piqa", "piqa"]}, "evaluate: tasks: 'piqa' is given twice"),
+        ({"evaluate__tasks": "piqa"}, "evaluate: tasks is 'piqa'; give a list of names"),
+        (
+            {"evaluate__tasks": {"piqa": -1}},
+            "evaluate.tasks.piqa: input should be greater than or equal to 0; found -1",
+        ),
+        ({"evaluate__local": {"x": {"path": "a.jsonl", "promt": "q"}}}, "evaluate.local.x.promt: unknown key; did you"),
+        ({"evaluate__local": {"x": {}}}, "evaluate.local.x.path: missing"),
+        (
+            {"evaluate__local": {"x": {"path": "a", "kind": "choice"}}},
+            "evaluate.local.x.kind: input should be 'multiple",
+        ),
         ({"pretrain__seeds": [1, 1]}, "pretrain.seeds: a seed is given twice"),
         ({"pretrain__seeds": [-1, 1]}, "pretrain.seeds.0: input should be greater than or equal to 0; found -1"),
         ({"seed": 1 << 64}, "seed: input should be less than"),
@@ -119,6 +131,18 @@ def test_yaml_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: 
 def test_missing_recipe_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file; `quadmix init DIR`"):
         load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_benchmarks_are_a_list_or_a_mapping_and_their_files_come_out_absolute() -> None:
+    recipe = load_recipe(QUICKSTART, ["evaluate.tasks=[piqa, paper]", "evaluate.fewshot=2"])
+    assert recipe.evaluate.tasks == {"piqa": 2, "paper": None}  # the suite has settings of its own
+    local = "{a: {path: x.jsonl}, b: {path: [/y.parquet, z.jsonl]}}"
+    found = load_recipe(QUICKSTART, ["evaluate.tasks={piqa: null}", f"evaluate.local={local}"]).evaluate
+    base = QUICKSTART.absolute().parent
+    assert {name: each.path for name, each in found.local.items()} == {
+        "a": str(base / "x.jsonl"), "b": ["/y.parquet", str(base / "z.jsonl")],
+    }  # fmt: skip
+    assert (found.tasks, found.is_empty) == ({"piqa": None}, False)
 
 
 def test_set_overrides_and_checks_like_the_file() -> None:

@@ -55,6 +55,7 @@ def _results(out: Path) -> dict[str, bytes]:
     found += sorted((out / "selection").glob("*.parquet")) + sorted((out / "labels").glob("*.parquet"))
     found += sorted((out / "tokens").glob("*")) + sorted((out / "pretrain" / "models").rglob("*.safetensors"))
     found += sorted((out / "compare").rglob("*.safetensors")) + sorted((out / "compare").glob("*/selection/*"))
+    found += sorted((out / "compare").glob("*/tokens/*"))
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
@@ -64,7 +65,8 @@ def test_run_leaves_every_artifact_and_verifies(finished: Path) -> None:
         "proxies/losses.parquet proxies/curves.parquet "
         "proxies/noise.json search/theta.json search/metrics.json search/predictions.parquet search/regressor.txt "
         "selection/theta.json selection/rank_map.parquet selection/summary.json "
-        "tokens/train.bin tokens/train.idx pretrain/results.parquet pretrain/curves.parquet "
+        "tokens/blend.txt tokens/blend.json tokens/validation.bin tokens/validation.idx "
+        "pretrain/results.parquet pretrain/curves.parquet "
         "compare/results.parquet compare/curves.parquet "
         "compare/comparison.md compare/comparison.csv compare/comparison.json"
     )
@@ -93,11 +95,16 @@ def test_megatron_reads_back_the_selected_documents_with_their_copies(finished: 
     for row in pa.concat_tables(shards).to_pylist():
         ids = tokenizer.encode(texts[row["doc_id"]], add_special_tokens=False).ids
         wanted[(*ids, eod)] += row["copies"]
-    dataset = IndexedDataset(str(finished / "tokens" / "train"))
-    found = [tuple(int(i) for i in dataset[i]) for i in range(len(dataset))]
-    assert Counter(found) == wanted
+    found: Counter[tuple[int, ...]] = Counter()
+    prefixes = (finished / "tokens" / "blend.txt").read_text(encoding="utf-8").split()[1::2]
+    for prefix in prefixes:
+        dataset = IndexedDataset(str(finished / prefix))
+        documents = [tuple(dataset[i].tolist()) for i in range(len(dataset))]
+        assert all(a != b for a, b in pairwise(documents))
+        found += Counter(documents)
+    assert found == wanted
     assert max(wanted.values()) > 1
-    assert all(a != b for a, b in pairwise(found))
+    assert len(prefixes) == len(shards) > 1
 
 
 def test_models_are_trained_alike_on_every_selection(finished: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.proxy.megatron_checkpoint import load_state, save_state
-from quadmix_plugin.store import sha256_file, storage_errors, write_json
+from quadmix_plugin.store import content_key, sha256_file, storage_errors, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +89,11 @@ class Checkpoints:
 
     def _publish(self, temporary: Path, final: Path, progress: Progress) -> None:
         digests = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        content = {"identity": self.identity, "progress": asdict(progress), "sha256": digests}
-        write_json(temporary / _DIGESTS, content)
+        content = {"identity": self.identity, "progress": asdict(progress), "files": digests}
+        write_json(temporary / _DIGESTS, {**content, "sha256": content_key(content)})
         os.replace(temporary, final)
-        for old in list(self._finished())[self.keep :]:
+        later = [path for path in self._finished() if path.name > final.name]  # damaged, for they were passed over
+        for old in (*later, *list(self._finished())[len(later) + self.keep :]):
             shutil.rmtree(old)
 
     def _finished(self) -> Iterator[Path]:
@@ -115,8 +116,9 @@ def _whole(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself, or None where a file of it is missing or is not what was written."""
     try:
         content = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
-        if all(sha256_file(folder / name) == digest for name, digest in content["sha256"].items()):
+        said = content.pop("sha256")
+        if content_key(content) == said and all(sha256_file(folder / a) == b for a, b in content["files"].items()):
             return content
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return None

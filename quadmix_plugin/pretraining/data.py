@@ -4,25 +4,29 @@ Which sample an update sees depends on its number alone, so that a job that goes
 validation files are a split of their own.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import TokenFile, check_tokens
 from quadmix_plugin.proxy.megatron_model import quiet_import
 from quadmix_plugin.schema import DOC_ID
+from quadmix_plugin.store import storage_errors
 
 if TYPE_CHECKING:
     import torch
 
     from quadmix_plugin.pretraining.job import PretrainJob
 
-_CHECKED = 1 << 20  # ids looked at before training
+_CHECKED = 1 << 20  # ids looked at before training, at least one stretch of every file
+_STRETCH = 2048
 
 
 @dataclass(frozen=True)
@@ -43,50 +47,45 @@ class _Tokenizer:
 class TrainingData:
     """Samples [context + 1] of a job, by their number; ``validation`` is None where its file is shorter than one.
 
-    ``documents``: paths of the tables that name the documents of each token file.
+    ``documents``: paths of the tables that name the documents of each token file; ``entropy`` (nats) of single ids.
     """
 
     train: Any
     validation: Any
     documents: tuple[str, ...]
     batch_size: int
+    entropy: float
 
     @classmethod
     def open(cls, job: "PretrainJob", context: int, batch_size: int, updates: int) -> Self:
-        """Builds the indices of the data sets, or reads those that are there; all processes of the group call it.
+        """Looks at the files, then builds the indices of the data sets; all processes of the group call it.
 
         Raises:
-            InputError: files that are damaged, empty, or of another tokenizer.
+            InputError: files that are damaged, empty, constant, or of another tokenizer; no index is built then.
+            StorageError: the indices cannot be written.
         """
-        sizes = _check_files(job)
-        whole = _check_file(job.validation_tokens, job) > context
+        files = _check_files(job)
+        entropy = check_tokens(_sample(files), job.vocabulary, f"{job.selector}: training data").entropy
+        whole = _check_file(job.validation_tokens, job).n_tokens > context
         with quiet_import():
-            from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-            from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+            from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
         config = GPTDatasetConfig(
             random_seed=job.seed % (1 << 31),
             sequence_length=context,
             blend_per_split=[
-                (list(job.prefixes), [float(size) for size in sizes] if len(sizes) > 1 else None),
+                (list(job.prefixes), [float(each.n_tokens) for each in files] if len(files) > 1 else None),
                 ([job.validation_tokens], None) if whole else None,
                 None,
             ],
             path_to_cache=str(job.place / "indices"),
-            tokenizer=_Tokenizer(job.vocabulary, job.eod),
+            tokenizer=_Tokenizer(job.vocabulary, job.eod),  # type: ignore[arg-type]
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        sizes = [updates * batch_size, None, None]
-        train, validation, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
-        return cls(train, validation if whole else None, job.documents, batch_size)
-
-    def check(self, vocabulary: int, place: str) -> float:
-        """The unigram entropy (nats) of evenly spaced samples; refuses data that no model should be trained on."""
-        stride = max(1, len(self.train) * len(_ids(self.train[0])) // _CHECKED)
-        sample = np.stack([_ids(self.train[i]).numpy() for i in range(0, len(self.train), stride)])
-        return check_tokens(sample, vocabulary, place).entropy
+        train, validation = _build(config, updates * batch_size, job.place / "indices")
+        return cls(train, validation if whole else None, job.documents, batch_size, entropy)
 
     def batches(
         self, first: int, end: int, rank: int, processes: int, device: "torch.device"
@@ -96,13 +95,12 @@ class TrainingData:
 
         share = self.batch_size // processes
         numbers = [
-            range(update * self.batch_size + rank * share, update * self.batch_size + (rank + 1) * share)
+            list(range(update * self.batch_size + rank * share, update * self.batch_size + (rank + 1) * share))
             for update in range(first, end)
         ]
         on_gpu = device.type == "cuda"
-        loader = DataLoader(
-            _Samples(self.train), batch_sampler=numbers, num_workers=2 if on_gpu else 0, pin_memory=on_gpu
-        )
+        samples: Any = _Samples(self.train)
+        loader = DataLoader(samples, batch_sampler=numbers, num_workers=2 if on_gpu else 0, pin_memory=on_gpu)
         return (batch.to(device, non_blocking=True) for batch in loader)
 
     def validation_batches(
@@ -152,29 +150,61 @@ def _ids(item: dict[str, Any]) -> "torch.Tensor":
     return torch.cat([item["tokens"], item["labels"][-1:]])
 
 
-def _check_files(job: "PretrainJob") -> list[int]:
-    """Tokens of each file; raises as ``TrainingData.open``."""
+def _build(config: Any, samples: int, indices: Path) -> tuple[Any, Any]:
+    """Both data sets, by new indices: those that a killed process left may be cut off, or of files that were others."""
+    import torch
+
+    with quiet_import():
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(indices, ignore_errors=True)
+    torch.distributed.barrier()
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config)  # type: ignore[arg-type]
+    with storage_errors(indices):
+        try:
+            train, validation, _ = builder.build()
+        except Exception as error:  # megatron-core wraps it
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
+    return train, validation
+
+
+def _check_files(job: "PretrainJob") -> list[TokenFile]:
+    """The training files; raises as ``TrainingData.open``."""
     if not job.prefixes:
         raise InputError(f"{job.selector}: no token files; the selection is empty, so raise its budget")
     return [_check_file(prefix, job) for prefix in job.prefixes]
 
 
-def _check_file(prefix: str, job: "PretrainJob") -> int:
+def _check_file(prefix: str, job: "PretrainJob") -> TokenFile:
     file = TokenFile.open(Path(prefix))
     if not file.n_tokens:
         raise InputError(f"{prefix}.bin: no tokens; export the selection again")
     with quiet_import():
         from megatron.core.datasets.indexed_dataset import DType
     wanted = np.dtype(DType.optimal_dtype(job.vocabulary))
+    again = "export again with the tokenizer of this recipe"
     if file.dtype != wanted:
         raise InputError(
-            f"{prefix}.bin: ids of {file.dtype}, a vocabulary of {job.vocabulary:,} takes {wanted}; export again with "
-            f"the tokenizer of this recipe"
+            f"{prefix}.bin: ids of {file.dtype}, a vocabulary of {job.vocabulary:,} takes {wanted}; {again}"
         )
     last = int(file.document(0)[-1])
     if last != job.eod:
         raise InputError(
             f"{prefix}.bin: its first document ends with id {last}, this tokenizer's end of a document is {job.eod}; "
-            f"export again with the tokenizer of this recipe"
+            f"{again}"
         )
-    return file.n_tokens
+    sample = _sample([file])
+    if sample.min() < 0 or sample.max() >= job.vocabulary:
+        raise InputError(
+            f"{prefix}.bin: ids from {sample.min()} to {sample.max()}, the vocabulary has {job.vocabulary:,}; {again}"
+        )
+    return file
+
+
+def _sample(files: Sequence[TokenFile]) -> NDArray[Any]:
+    """Evenly spaced stretches of ids, which touch far less of a disk than single ones."""
+    every = _STRETCH * max(1, sum(each.n_tokens for each in files) // _CHECKED)
+    return np.concatenate([each.tokens[at : at + _STRETCH] for each in files for at in range(0, each.n_tokens, every)])

@@ -61,7 +61,6 @@ class _Training:
     data: TrainingData = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     progress: Progress = field(init=False)
-    entropy: float = field(init=False)
 
     def open(self) -> None:
         """Model, data and the last checkpoint."""
@@ -71,7 +70,6 @@ class _Training:
         else:
             self.learner = GPULearner(options, self.shape, job.seed, self.device, self.processes, distributed=True)
         self.data = TrainingData.open(job, self.shape.context, options.batch_size, self.updates)
-        self.entropy = self.data.check(job.vocabulary, f"{job.selector}: training data")
         self.checkpoints = Checkpoints(
             job.place / "checkpoints", identity_of(options, job, self.shape), options.keep, self.device, self.rank
         )
@@ -126,17 +124,17 @@ class _Training:
             values = {"tokens": update * tokens, "loss": loss, "learning_rate": rate, "validation_loss": validation}
             values |= {"grad_norm": float(self.learner.grad_norm), "tokens_per_second": speed}
             metrics.write(update, {**values, **self._use_of_gpus(speed)})
-        if update >= ENOUGH_STEPS + self.options.warmup * self.updates and loss >= self.entropy:
+        if update >= ENOUGH_STEPS + self.options.warmup * self.updates and loss >= self.data.entropy:
             logger.warning(
                 "%s: after %d updates the loss is %.3f, above the entropy of single tokens (%.3f): nothing is learnt "
                 "from context; check the learning rate, and the data",
-                self.job.selector, update, loss, self.entropy,
+                self.job.selector, update, loss, self.data.entropy,
             )  # fmt: skip
         self.progress.losses = []
         since.restart()
 
     def _validates(self) -> bool:
-        """Whether the validation loss is due: where logging skips the update that it is due at, the next line has it."""
+        """Whether the validation loss is due; where no line is due at the same update, it comes with the next."""
         if self.data.validation is None:
             return False
         update, every = self.progress.update, self.options.eval_every or max(self.updates // _EVALUATIONS, 1)
@@ -168,20 +166,25 @@ class _Training:
         first = self.progress.update - len(losses)
         for update, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                documents, path = list(map(str, self.data.documents_of(update))), self.job.place / "bad_batch.json"
-                write_json(path, {"update": update + 1, "loss": str(loss), "documents": documents})
-                more = f" and {len(documents) - _NAMED} more" if len(documents) > _NAMED else ""
-                raise QuadmixError(
-                    f"{self.job.selector}, seed {self.job.seed}: the loss of update {update + 1} is {loss}; its batch "
-                    f"is of the documents {', '.join(documents[:_NAMED])}{more} ({path}); look at them, or lower "
-                    f"learning_rate or grad_clip; the last checkpoint is from before"
-                )
-        if first == 0 and losses and losses[0] < self.entropy / 2:
+                raise self._diverged(update, "loss", loss)
+        if not math.isfinite(self.learner.grad_norm):  # the weights are spoilt already, which the next loss would show
+            raise self._diverged(self.progress.update - 1, "norm of the gradient", self.learner.grad_norm)
+        if first == 0 and losses and losses[0] < self.data.entropy / 2:
             raise InputError(
                 f"{self.job.selector}: the first loss is {losses[0]:.3f} nats, a model that has learnt nothing has "
-                f"{math.log(self.job.vocabulary):.3f} and single tokens an entropy of {self.entropy:.3f}; the data are "
-                f"not what they seem, so export them again"
+                f"{math.log(self.job.vocabulary):.3f} and single tokens an entropy of {self.data.entropy:.3f}; the "
+                f"data are not what they seem, so export them again"
             )
+
+    def _diverged(self, update: int, what: str, value: float) -> QuadmixError:
+        documents, path = list(map(str, self.data.documents_of(update))), self.job.place / "bad_batch.json"
+        write_json(path, {"update": update + 1, "what": what, "value": str(float(value)), "documents": documents})
+        more = f" and {len(documents) - _NAMED} more" if len(documents) > _NAMED else ""
+        return QuadmixError(
+            f"{self.job.selector}, seed {self.job.seed}: the {what} of update {update + 1} is {float(value)}; its "
+            f"batch is of the documents {', '.join(documents[:_NAMED])}{more} ({path}); look at them, or lower "
+            f"learning_rate or grad_clip; the last checkpoint is from before"
+        )
 
 
 @dataclass
@@ -278,9 +281,9 @@ def _finish(training: _Training, started: float) -> None:
         losses=losses,
         curve=curve,
         tokens_seen=last.tokens_seen,
-        unigram_entropy=training.entropy,
+        unigram_entropy=training.data.entropy,
         model=model,
-        learnt=last.train_loss < training.entropy if training.updates >= ENOUGH_STEPS else None,
+        learnt=last.train_loss < training.data.entropy if training.updates >= ENOUGH_STEPS else None,
     )
     write_model(job.results, job.model, model, job.eod, job.tokenizer)
     job.results.write_json(job.part, {

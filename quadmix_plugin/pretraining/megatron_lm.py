@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 _HEAD = """\
 #!/usr/bin/env bash
 # {tokens:,} tokens on the selection of this run, by pretrain_gpt.py of Megatron-LM (branch core_r0.16.0).
-#   MEGATRON_LM  its folder        TOKENIZER  the folder of the recipe's tokenizer
+#   MEGATRON_LM  its folder
 #   NNODES, GPUS (of one machine), MASTER (host:port of the first) as torchrun takes them
 set -euo pipefail
 cd "$(dirname "$0")/.."   # the run directory, which the prefixes in tokens/blend.json are relative to
-: "${{MEGATRON_LM:?}}" "${{TOKENIZER:?}}"
+: "${{MEGATRON_LM:?}}"
 torchrun --nnodes "${{NNODES:-1}}" --nproc-per-node "${{GPUS:-8}}" \\
   --rdzv-backend c10d --rdzv-endpoint "${{MASTER:-localhost:29500}}" \\
   "$MEGATRON_LM/pretrain_gpt.py" \\
@@ -38,7 +38,7 @@ def command(options: "MegatronTrainer", shape: "Shape", tokens: int, seed: int) 
         f"--position-embedding-type rope --rotary-base {shape.rope_theta:.0f} --swiglu --disable-bias-linear",
         f"--normalization RMSNorm --norm-epsilon {shape.norm_eps:g} --attention-dropout 0 --hidden-dropout 0",
         *([] if shape.tied else ["--untie-embeddings-and-output-weights"]),
-        '--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --make-vocab-size-divisible-by 1',
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model pretrain/tokenizer --make-vocab-size-divisible-by 1",
         "--per-split-data-args-path tokens/blend.json --data-cache-path pretrain/indices",
         "--no-create-attention-mask-in-dataloader",
         f"--micro-batch-size {_micro_batch(options, shape)} --global-batch-size {options.batch_size}",

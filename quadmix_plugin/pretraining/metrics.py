@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 FILE = "metrics.jsonl"
 
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "GH200": 989e12, "A100": 312e12,
-               "A800": 312e12, "L40S": 362e12}  # fmt: skip
-"""Dense bfloat16 peaks of NVIDIA's data sheets."""
+_PEAK_FLOPS = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+               "H800": 989e12, "GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+               "L40S": 362e12}  # fmt: skip
+"""Dense bfloat16 peaks of NVIDIA's data sheets; the first name that is part of the device's counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -77,6 +78,7 @@ class Metrics:
             file.write(json.dumps({"step": step, **known}) + "\n")
         for key, value in known.items():
             self.board.add_scalar(key, value, step)
+        self.board.flush()  # or a killed job would go on from a checkpoint after lines that are in the file only
         if self.tracker is not None:
             self.tracker.log(known, step=step)
 

@@ -1,6 +1,7 @@
 """Distributed checkpoints of megatron-core: written whole, read only into a model of the same shape.
 
-On a GPU megatron-core's own writer is used; on the CPU the same format is written by PyTorch's. Nothing here knows when to save or which checkpoint is the last.
+On a GPU megatron-core's own writer is used; on the CPU the same format is written by PyTorch's. Nothing here knows when
+to save or which checkpoint is the last.
 """
 
 from collections.abc import Mapping
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.models import first_line
+from quadmix_plugin.proxy.checkpoint_files import read_table
 from quadmix_plugin.proxy.megatron_model import quiet_import
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     with quiet_import():
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
+    read_table(folder)  # megatron-core unpickles it
     try:
         _check_sizes(_weights(wanted), dist_checkpointing.load_tensors_metadata(str(folder)))
         return dist_checkpointing.load(wanted, str(folder))  # type: ignore[return-value]
@@ -61,7 +65,7 @@ def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 def load_checkpoint(model: "GPTModel", folder: Path) -> None:
     """Reads the weights of a distributed checkpoint, of these layers or of TransformerEngine's, into ``model``.
 
-    The state of an optimizer is left out. Metadata are pickled: read only checkpoints that you trust.
+    The state of an optimizer is left out.
 
     Raises:
         InputError: no checkpoint, or one of another model.

@@ -279,7 +279,7 @@ def _megatron_optimizer(model: Any, options: "MegatronTrainer", distributed: boo
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=distributed,
     )
-    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    optimizer: Any = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
     if distributed:
         for each in optimizer.chained_optimizers:
             _keep_steps(each)

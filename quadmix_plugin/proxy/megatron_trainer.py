@@ -55,9 +55,11 @@ class MegatronTrainer(Trainer):
                 raise InputError(f"trainer: {name} {getattr(self, name)}; give {lowest} or more")
 
     def require_device(self) -> None:
-        """Raises InputError where the device that training needs is not there, or fewer GPUs than asked for."""
+        """Raises InputError where the device is not there, or fewer GPUs than asked for, or wandb that is asked for."""
         from quadmix_plugin.pretraining.launch import require_gpus
+        from quadmix_plugin.pretraining.metrics import require_tracker
 
+        require_tracker(self.wandb)
         device = choose_device(self.device)
         if device == "cpu" and self.dtype == "bfloat16":
             raise InputError(f"trainer megatron: dtype bfloat16 on device {self.device!r}, a CPU here; give float32")
