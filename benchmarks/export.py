@@ -11,12 +11,14 @@ tokenises.
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
@@ -121,13 +123,13 @@ def measure_share(texts: list[str], tokenizer: str) -> tuple[float, float, int]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     spent, write = [0.0], export_tokens.write_shard
 
-    def timed(*arguments: Any) -> dict[str, int]:
+    def metered_write(*arguments: Any) -> dict[str, int]:
         before = time.process_time()
         facts = write(*arguments)
         spent[0] += time.process_time() - before
         return facts
 
-    export_tokens.write_shard = timed
+    export_tokens.write_shard = metered_write
     table = pa.table({"doc_id": np.arange(len(texts)), "text": texts, "copies": pa.array([2] * len(texts), pa.int32())})
     tokens = 0
     with TemporaryDirectory() as folder:
@@ -147,35 +149,50 @@ def step_in(folder: str | Path) -> Step:
     return RunDirectory.open(folder).step("export", "key")
 
 
-def measure_loop(texts: list[str], tokenizer: str) -> float:
-    """Wall seconds of tokenising one text after the other."""
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Fills the list it gives with wall seconds and the core-seconds of this process and its children."""
+    spent: list[float] = []
+    began, cores = time.perf_counter(), core_seconds()
+    yield spent
+    spent += [time.perf_counter() - began, core_seconds() - cores]
+
+
+def core_seconds() -> float:
+    """Of this process and its children, so far."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def measure_loop(texts: list[str], tokenizer: str) -> list[float]:
+    """Wall and core-seconds of tokenising one text after the other."""
     loaded = load_tokenizer(tokenizer)
     for text in texts[:50]:
         loaded.encode(text, add_special_tokens=False)
-    began = time.perf_counter()
-    for text in texts:
-        _ = loaded.encode(text, add_special_tokens=False).ids
-    return time.perf_counter() - began
+    with timed() as spent:
+        for text in texts:
+            _ = loaded.encode(text, add_special_tokens=False).ids
+    return spent
 
 
-def measure_batches(texts: list[str], tokenizer: str, threads: int) -> float:
-    """Wall seconds of tokenising in batches in one process."""
+def measure_batches(texts: list[str], tokenizer: str, threads: int) -> list[float]:
+    """Wall and core-seconds of tokenising in batches in one process."""
     os.environ |= {"TOKENIZERS_PARALLELISM": str(threads > 1).lower(), "RAYON_NUM_THREADS": str(threads)}
     loaded = load_tokenizer(tokenizer)
     loaded.encode_batch_fast(texts[:50], add_special_tokens=False)
-    began = time.perf_counter()
-    for start in range(0, len(texts), PER_SHARD):
-        for encoding in loaded.encode_batch_fast(texts[start : start + PER_SHARD], add_special_tokens=False):
-            _ = encoding.ids
-    return time.perf_counter() - began
+    with timed() as spent:
+        for start in range(0, len(texts), PER_SHARD):
+            for encoding in loaded.encode_batch_fast(texts[start : start + PER_SHARD], add_special_tokens=False):
+                _ = encoding.ids
+    return spent
 
 
-def measure_stage(texts: list[str], tokenizer: str, workers: int, threads: int) -> float:
-    """Wall seconds of the pipeline that tokenises and writes, on Dask workers that have run it once."""
+def measure_stage(texts: list[str], tokenizer: str, workers: int, threads: int) -> list[float]:
+    """Wall and core-seconds of the pipeline that tokenises and writes, on Dask workers that have run it once."""
     environment = {"TOKENIZERS_PARALLELISM": str(threads > 1).lower(), "RAYON_NUM_THREADS": str(threads)}
     with TemporaryDirectory() as folder, DaskExecutor(n_workers=workers, worker_env=environment) as executor:
 
-        def run(name: str, some: list[str]) -> float:
+        def run(name: str, some: list[str]) -> list[float]:
             path = Path(folder) / f"{name}.parquet"
             pq.write_table(pa.table({"text": some}), path)
             task = FileGroupTask(dataset_name=name, data=[str(path)], _metadata={"source_files": [str(path)]})
@@ -184,9 +201,9 @@ def measure_stage(texts: list[str], tokenizer: str, workers: int, threads: int) 
                 PrepareDocuments(id_field=None, documents_per_shard=PER_SHARD),
                 ExportTokens(step_in(folder), tokenizer, folder=name),
             ]
-            began = time.perf_counter()
-            Pipeline("export", stages=stages).run(executor, initial_tasks=[task])
-            return time.perf_counter() - began
+            with timed() as spent:
+                Pipeline("export", stages=stages).run(executor, initial_tasks=[task])
+            return spent
 
         run("warm-up", texts[: 4 * PER_SHARD])
         return run("measured", texts)
@@ -194,7 +211,7 @@ def measure_stage(texts: list[str], tokenizer: str, workers: int, threads: int) 
 
 def tokenising(texts: list[str], tokenizer: str, repeats: int) -> str:
     """A table of ways to tokenise on two cores."""
-    ways: dict[str, Callable[[], float]] = {
+    ways: dict[str, Callable[[], list[float]]] = {
         "loop over texts, one process": lambda: in_fresh_process(measure_loop, texts, tokenizer),
         "batches, one process, 1 thread": lambda: in_fresh_process(measure_batches, texts, tokenizer, 1),
         "batches, one process, 2 threads": lambda: in_fresh_process(measure_batches, texts, tokenizer, 2),
@@ -202,18 +219,17 @@ def tokenising(texts: list[str], tokenizer: str, repeats: int) -> str:
         "ExportTokens, 2 workers with 2 threads": lambda: in_fresh_process(measure_stage, texts, tokenizer, 2, 2),
         "ExportTokens, 1 worker with 2 threads": lambda: in_fresh_process(measure_stage, texts, tokenizer, 1, 2),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
     for repeat in range(repeats):
         for name, way in ways.items():
             seconds[name].append(way())
-            progress(f"{repeat + 1}/{repeats} {name}: {seconds[name][-1]:.2f} s")
-    loop = next(iter(seconds.values()))
-    lines = []
+            progress(f"{repeat + 1}/{repeats} {name}: {seconds[name][-1][0]:.2f} s, load {os.getloadavg()[0]:.1f}")
+    loop, lines = np.array(next(iter(seconds.values()))), []
     for name, each in seconds.items():
-        paired = [a / b for a, b in zip(loop, each, strict=True)]
-        lines.append([name, f"{np.median(each):.2f}", f"{np.median(loop) / np.median(each):.2f}"])
-        lines[-1].append(f"{min(paired):.2f}–{max(paired):.2f}")
-    return markdown(["", "wall s", "× as fast as the loop", "min–max"], lines)
+        (wall, core), paired = np.median(each, axis=0), loop[:, 0] / np.array(each)[:, 0]
+        ratio = np.median(loop[:, 0]) / wall
+        lines.append([name, f"{wall:.2f}", f"{ratio:.2f}", f"{paired.min():.2f}–{paired.max():.2f}", f"{core:.2f}"])
+    return markdown(["", "wall s", "× as fast as the loop", "min–max", "core-s of all processes"], lines)
 
 
 def main(

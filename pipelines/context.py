@@ -146,8 +146,7 @@ class Run:
         keys, previous = {}, content_key(corpus, files)
         for name in STEPS:
             sections = {section: self._section_fingerprint(section, content[section]) for section in _SECTIONS[name]}
-            keys[name] = content_key(name, sections, previous)
-            previous = previous if name == "evaluate" else keys[name]  # nothing is made from scores
+            previous = keys[name] = content_key(name, sections, previous)
         return keys
 
     def _section_fingerprint(self, name: str, content: Any) -> Any:

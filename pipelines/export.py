@@ -104,8 +104,9 @@ def export_selection(run: Run, step: Step, folder: str, selection_step: Step, se
         _gather(run, step, folder, selection_step, selection_folder, todo)
     elif todo:
         _tokenise(run, step, folder, selection_step, selection_folder, todo)
-    _write_blends(run, step, folder)
-    return exported(run, step, folder)
+    parts = _parts(run, step, folder)
+    _write_blends(step, folder, parts)
+    return _token_files(step, parts)
 
 
 def exported(run: Run, step: Step, folder: str = TOKEN_FOLDER) -> TokenFiles:
@@ -114,10 +115,7 @@ def exported(run: Run, step: Step, folder: str = TOKEN_FOLDER) -> TokenFiles:
     Raises:
         QuadmixError: a shard is not there.
     """
-    parts = _parts(run, step, folder)
-    places = [str(step.path(prefix)) for prefix, facts in parts if facts["rows"]]
-    tokens, unique, rows = (sum(facts[name] for _, facts in parts) for name in ("tokens", "unique_tokens", "rows"))
-    return TokenFiles(tuple(places), tokens, unique, rows, tuple(f"{place}.documents.parquet" for place in places))
+    return _token_files(step, _parts(run, step, folder))
 
 
 def validation_prefix(run: Run) -> str:
@@ -151,6 +149,12 @@ def _parts(run: Run, step: Step, folder: str) -> list[tuple[str, dict[str, int]]
             raise QuadmixError(f"{step.path(prefix)}: not there, or not from this recipe; run the step {step.name!r}")
         parts.append((prefix, facts))
     return parts
+
+
+def _token_files(step: Step, parts: list[tuple[str, dict[str, int]]]) -> TokenFiles:
+    places = [str(step.path(prefix)) for prefix, facts in parts if facts["rows"]]
+    tokens, unique, rows = (sum(facts[name] for _, facts in parts) for name in ("tokens", "unique_tokens", "rows"))
+    return TokenFiles(tuple(places), tokens, unique, rows, tuple(f"{place}.documents.parquet" for place in places))
 
 
 def _gather(run: Run, step: Step, folder: str, selection: Step, selected: str, todo: list[str]) -> None:
@@ -190,9 +194,9 @@ def _tokenise(run: Run, step: Step, folder: str, selection: Step, selected: str,
     run_over_documents(run, [read, export_tokens], frozenset(run.label_shards) - frozenset(todo))
 
 
-def _write_blends(run: Run, step: Step, folder: str) -> None:
+def _write_blends(step: Step, folder: str, parts: list[tuple[str, dict[str, int]]]) -> None:
     """Lists of the pairs with their tokens as weights; prefixes are relative to the run directory."""
-    pairs = [(str(facts["tokens"]), prefix) for prefix, facts in _parts(run, step, folder) if facts["rows"]]
+    pairs = [(str(facts["tokens"]), prefix) for prefix, facts in parts if facts["rows"]]
     if step.entry(f"{folder}/blend.txt") is None:
         step.write_text(f"{folder}/blend.txt", "".join(f"{weight} {prefix}\n" for weight, prefix in pairs))
     if step.entry(f"{folder}/blend.json") is None:

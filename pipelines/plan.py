@@ -44,22 +44,9 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
     labelled = run.step("label").is_done and run.step("normalise").is_done
     documents = run.table.n if labelled else _documents(run)
     tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
-    compared = list(recipe.compare.selectors)
-    runs = (len(compared) + 1) * len(recipe.pretrain.seeds)
+    runs = (len(recipe.compare.selectors) + 1) * len(recipe.pretrain.seeds)
     proxies, which = _proxies(recipe) if "proxies" in run.steps else (0, "none; select.theta is given")
-    work = {
-        "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
-        "normalise": f"σ of {len(recipe.scorers)} scorers",
-        "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
-        "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
-        "select": "θ*" + (f" at {recipe.select.target_tokens:,} tokens" if recipe.select.target_tokens else ""),
-        "export": "tokens/train-*.bin and .idx" + (", selected/*.parquet" if recipe.export.text else ""),
-        "pretrain": f"{len(recipe.pretrain.seeds)} models × {recipe.pretrain.tokens:,} tokens",
-        "evaluate": _benchmarks(run),
-        "compare": f"{', '.join(compared) or 'nothing'}: {runs - len(recipe.pretrain.seeds)} models"
-        + _mixtures(recipe),
-        "report": "report.html",
-    }
+    work = _work(run, documents, proxies, runs)
     return {
         "name": recipe.name,
         "out": str(out),
@@ -73,6 +60,25 @@ def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
             "disk": f"about {_disk(recipe, documents, tokens) / 1e9:.3g} GB",
         },
         "steps": [{"step": name, "state": _state(run, name), "work": work[name]} for name in run.steps],
+    }
+
+
+def _work(run: Run, documents: int, proxies: int, runs: int) -> dict[str, str]:
+    """What every step does, in words; ``runs``: models trained on selections."""
+    recipe = run.recipe
+    compared = list(recipe.compare.selectors)
+    return {
+        "label": f"{documents:,} documents, {len(recipe.scorers)} scorers",
+        "normalise": f"σ of {len(recipe.scorers)} scorers",
+        "proxies": f"{proxies:,} models × {recipe.proxy.tokens:,} tokens",
+        "search": f"{recipe.search.draws:,} draws, mean of the best {recipe.search.top}",
+        "select": "θ*" + (f" at {recipe.select.target_tokens:,} tokens" if recipe.select.target_tokens else ""),
+        "export": "tokens/train-*.bin and .idx" + (", selected/*.parquet" if recipe.export.text else ""),
+        "pretrain": f"{len(recipe.pretrain.seeds)} models × {recipe.pretrain.tokens:,} tokens",
+        "evaluate": _benchmarks(run),
+        "compare": f"{', '.join(compared) or 'nothing'}: {runs - len(recipe.pretrain.seeds)} models"
+        + _mixtures(recipe),
+        "report": "report.html",
     }
 
 

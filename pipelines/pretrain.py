@@ -129,12 +129,13 @@ def _watched(run: Run, step: Step, stage: PretrainSelections, work: pa.Table) ->
     ended = threading.Event()
 
     def look() -> None:
+        before = 0
         while not ended.wait(_SECONDS):
             last = [lines[-1] for folder in folders if (lines := read(folder / FILE))]
-            if last:
-                speed = sum(line.get("tokens_per_second", 0) for line in last[-1:])
-                note = f"loss {last[-1]['loss']:.3f}, {speed:,.0f} tokens/s"
-                run.progress(stage.name, sum(line["step"] for line in last), total, note=note)
+            if (updates := sum(line["step"] for line in last)) > before:
+                before, newest = updates, last[-1]
+                note = f"loss {newest['loss']:.3f}, {newest.get('tokens_per_second', 0):,.0f} tokens/s"
+                run.progress(stage.name, updates, total, note=note)
 
     with run.watched_by(lambda *_, **__: None) as executor:
         thread = threading.Thread(target=look, daemon=True)

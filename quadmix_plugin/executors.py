@@ -48,6 +48,7 @@ _WORKER_ENV = {
     "LOGURU_LEVEL": "WARNING",
 }
 _GUARD = 'put the script under `if __name__ == "__main__":`'
+_WORKER_NAME = "Dask Worker process"
 _RAY_ONLY = ("is_raft_actor", "is_lsh_stage", "is_shuffle_stage")
 _ID_OPTIONS = ("_generate_ids", "_assign_ids", "generate_ids", "assign_id", "use_id_generator")
 
@@ -182,9 +183,19 @@ class DaskExecutor(BaseExecutor):
                 raise
 
     def close(self) -> None:
-        """Stops the cluster if it is this executor's own; a further ``execute`` starts another."""
+        """Stops the cluster if it is this executor's own; a further ``execute`` starts another.
+
+        Workers that do not end in time, on a machine with much else to do, are killed: what they did is written.
+        """
         self._client = self._given_client
-        self._open.close()
+        try:
+            self._open.close()
+        except TimeoutError:
+            logger.info("the Dask workers did not end in time and are killed")
+            for process in multiprocessing.active_children():
+                if process.name.startswith(_WORKER_NAME):
+                    process.kill()
+                    process.join()
 
     def __enter__(self) -> Self:
         return self

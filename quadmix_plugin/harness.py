@@ -122,35 +122,50 @@ def evaluate_model(
     if not (Path(model) / "config.json").exists():
         raise QuadmixError(f"{model}: no model in Hugging Face's format there (no config.json); train it again")
     loaded = _load(settings)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    make_model, run_tasks = cast("Any", HFLM), cast("Any", lm_eval.evaluate)  # no checker sees their arguments
-    tasks = {name: task for each in loaded.values() for name, task in each.tasks.items()}
-    groups = {name: group for each in loaded.values() for name, group in each.groups.items()}
     try:
         with _quiet():
-            lm = make_model(
-                pretrained=str(model), tokenizer=str(tokenizer), device=device, batch_size=settings.batch_size
-            )
-            for task in tasks.values():
-                _prepare(task, lm.max_length, seed)
-            found = run_tasks(
-                lm=lm,
-                task_dict={"tasks": tasks, "groups": groups},
-                limit=settings.limit,
-                bootstrap_iters=_BOOTSTRAPS,
-                log_samples=False,
-            )
+            found = _run(model, tokenizer, settings, loaded, device, seed)
+    except QuadmixError:
+        raise
     except Exception as error:  # whatever a task raises
+        said = str(error) or "perhaps a text that is longer than the model's context"
         raise QuadmixError(
-            f"evaluate: {', '.join(loaded)}: {type(error).__name__}: {error}; evaluate fewer tasks to see which one "
+            f"evaluate: {', '.join(loaded)}: {type(error).__name__}: {said}; evaluate fewer tasks to see which one "
             f"fails, and lower evaluate.batch_size if memory is short"
         ) from error
     results = {name: {row: _result(row, found, each) for row in each.rows} for name, each in loaded.items()}
     if lacking := [row for by_row in results.values() for row, result in by_row.items() if not result["metrics"]]:
         raise QuadmixError(f"evaluate: {model}: {lacking[0]} has no finite score; look at the losses of this model")
     return results
+
+
+def _run(
+    model: str | Path,
+    tokenizer: str | Path,
+    settings: HarnessSettings,
+    loaded: Mapping[str, _Loaded],
+    device: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The harness' own results."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    make_model, run_tasks = cast("Any", HFLM), cast("Any", lm_eval.evaluate)  # no checker sees their arguments
+    tasks = {name: task for each in loaded.values() for name, task in each.tasks.items()}
+    groups = {name: group for each in loaded.values() for name, group in each.groups.items()}
+    lm = make_model(pretrained=str(model), tokenizer=str(tokenizer), device=device, batch_size=settings.batch_size)
+    for task in tasks.values():
+        _prepare(task, lm.max_length, seed)
+    for task in settings.local:
+        _require_room(tasks[task.name], lm, settings.limit, task.place)
+    return run_tasks(
+        lm=lm,
+        task_dict={"tasks": tasks, "groups": groups},
+        limit=settings.limit,
+        bootstrap_iters=_BOOTSTRAPS,
+        log_samples=False,
+    )
 
 
 def measure_of(result: Result) -> str:
@@ -221,6 +236,20 @@ def _prepare(task: Any, max_length: int, seed: int) -> None:
     if task.get_config("output_type") == "generate_until":
         given = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", _NEW_TOKENS)
         task.set_config("generation_kwargs", {"max_gen_toks": min(given, max_length // 2)}, update=True)
+
+
+def _require_room(task: Any, lm: Any, limit: int | None, place: str) -> None:
+    """Refuses a text to be scored that is longer than the model's context, of which the harness asserts only."""
+    key = {"multiple_choice": "choices", "loglikelihood": "response"}.get(task.get_config("output_type"))
+    for row in list(task.eval_docs)[:limit] if key else ():
+        for text in row[key] if isinstance(row[key], list) else [row[key]]:
+            if len(text.encode()) <= lm.max_length:  # a token is at least a byte
+                continue
+            if (n := len(lm.tok_encode(text, add_special_tokens=False))) >= lm.max_length:
+                raise QuadmixError(
+                    f"{place}: a text of {n:,} tokens, {text[:40]!r}…, has no room in the model's context of "
+                    f"{lm.max_length:,}; shorten it, remove the row, or count whole texts: mask_prompt: false"
+                )
 
 
 def _result(name: str, found: Mapping[str, Any], loaded: _Loaded) -> Result:

@@ -64,10 +64,7 @@ def write_documents(
     with bin_path.open("wb", buffering=0) as file:
         for batch in _batches(documents):
             ids, ends = _joined(batch, eod, count, named)
-            if ids.min() < 0 or ids.max() >= vocabulary:
-                first = int(np.flatnonzero((ids < 0) | (ids >= vocabulary))[0])
-                place = named(count + int(np.searchsorted(ends, first, side="right")))
-                raise InputError(f"{place}: an id of {ids[first]}; give ids from 0 to {vocabulary - 1}")
+            _require_known(ids, ends, vocabulary, count, named)
             _write_all(file, ids.astype(dtype, copy=False))
             lengths.append(np.diff(ends, prepend=0).astype(np.int32))
             count += len(batch)
@@ -134,6 +131,16 @@ def _joined(
     if ids.dtype.kind not in "iu":
         raise InputError(f"{named(count)}: ids of type {ids.dtype}; give whole numbers")
     return ids, np.cumsum(lengths + len(end))
+
+
+def _require_known(
+    ids: NDArray[np.integer], ends: NDArray[np.int64], vocabulary: int, count: int, named: Callable[[int], str]
+) -> None:
+    """Refuses ids outside the vocabulary; the document that ends at ``ends[0]`` is number ``count``."""
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        first = int(np.flatnonzero((ids < 0) | (ids >= vocabulary))[0])
+        place = named(count + int(np.searchsorted(ends, first, side="right")))
+        raise InputError(f"{place}: an id of {ids[first]}; give ids from 0 to {vocabulary - 1}")
 
 
 def _write_all(file: BinaryIO, ids: NDArray[Any]) -> None:

@@ -78,14 +78,11 @@ def write_shard(
     def named(i: int) -> str:
         return f"{prefix}: doc_id {doc_ids[int(order[i])].as_py()!r}"
 
-    in_order = {
-        DOC_ID: doc_ids.take(pa.array(order)),
-        COPY: pa.array(numbers_of_copies(order), pa.int32()),
-        TOKENS: pa.array(documents.lengths[order], pa.int64()),
-    }
+    columns = doc_ids.take(pa.array(order)), numbers_of_copies(order).astype(np.int32), documents.lengths[order]
+    table = pa.table(dict(zip((DOC_ID, COPY, TOKENS), columns, strict=True)))
     with step.writing(*_beside(prefix), f"{prefix}.json", **facts) as (bin_path, idx_path, table_path, facts_path):
         write_documents((documents[i] for i in order.tolist()), bin_path, idx_path, vocabulary, named=named)
-        pq.write_table(pa.table(in_order), table_path, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, table_path, compression="zstd", write_page_checksum=True)
         facts_path.write_text(json.dumps(facts), encoding="utf-8")
     return facts
 

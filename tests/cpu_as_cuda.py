@@ -56,6 +56,8 @@ def cpu_as_cuda() -> Iterator[None]:
         "synchronize": None,
         "get_rng_state": torch.get_rng_state(),
         "set_device": None,
+        "get_device_name": "a CPU in the place of a GPU",
+        "max_memory_allocated": 0,
     }
     with pytest.MonkeyPatch.context() as patch, _CpuForCuda():
         for name, answer in answers.items():

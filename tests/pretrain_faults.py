@@ -49,20 +49,12 @@ def _orphaned(at: int) -> None:
     _before_update(at, lambda: os.kill(os.getppid(), signal.SIGKILL))
 
 
-def _crashed(at: int) -> None:
-    def crash() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    _before_update(at, crash)
-
-
 FAULTS = {
     "killed": _signalled(signal.SIGKILL),
     "terminated": _signalled(signal.SIGTERM),
     "interrupted": _signalled(signal.SIGINT),
     "killed-publishing": _killed_publishing,
     "orphaned": _orphaned,
-    "crashed": _crashed,
 }
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,19 +100,6 @@ def write_tokens(prefix: Path, documents: Sequence[Any], doc_ids: Sequence[str],
 def train(job: PretrainJob) -> None:
     """In this process."""
     MegatronTrainer(**job.options).pretrain(job)
-
-
-def command(job: PretrainJob) -> list[str]:
-    """Of a process that trains it."""
-    return [sys.executable, "-m", "quadmix_plugin.pretraining", str(job.write())]
-
-
-def child(job: PretrainJob, *arguments: str, **options: Any) -> subprocess.Popen:
-    """A process that trains it and ends when its standard input, a pipe, does."""
-    log = (job.place / "child.log").open("ab") if job.place.exists() else subprocess.DEVNULL
-    return subprocess.Popen(
-        [*command(job), *arguments], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, **options
-    )
 
 
 def lines(job: PretrainJob) -> list[dict[str, Any]]:

@@ -604,3 +604,24 @@ def test_regmix_trains_its_proxies_once(recipe: Path, whole: Path, out: Path) ->
     assert losses() == first
     assert _stamps(*parts[:2], *parts[4:]).items() <= stamps.items()
     assert _made(out) == _made(whole)
+
+
+def test_benchmarks_of_theta_come_from_their_step_and_other_tasks_train_nothing_anew(tmp_path: Path) -> None:
+    bits = {"path": "validation.jsonl", "mask_prompt": False}
+    recipe = _write(tmp_path, {"random": {}}, evaluate={"local": {"bits": bits}, "limit": 10})
+    out = tmp_path / "out"
+    _compare(recipe, out)
+    theta = json.loads((out / "evaluate" / "scores.json").read_text(encoding="utf-8"))["tasks"]["bits"]
+    rows = _rows(out)
+    assert rows["quadmix"]["bits (bits_per_byte)"] == theta["value"]
+    made = sorted(path.name for path in (out / "compare" / "benchmarks").glob("bits-*/*"))
+    assert made == [f"{_folder(out, 'random').name}-{seed}.json" for seed in (1, 2)]
+    best = min(rows, key=lambda name: rows[name]["bits (bits_per_byte)"])
+    assert rows[best]["bits (bits_per_byte) standing"] == "best"
+    before = _stamps(out / "pretrain", *out.glob("compare/random-*"))
+    more = {"bits": bits, "responses": {**bits, "prompt": None}}
+    _compare(recipe, out, f"evaluate.local={json.dumps(more)}")
+    assert _stamps(out / "pretrain", *out.glob("compare/random-*")) == before
+    assert _rows(out)["random"]["bits (bits_per_byte)"] == rows["random"]["bits (bits_per_byte)"]
+    assert _rows(out)["random"]["responses (bits_per_byte)"] > 0
+    assert "higher is better, of bits lower" in (out / "compare" / "comparison.md").read_text(encoding="utf-8")

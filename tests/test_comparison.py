@@ -205,6 +205,15 @@ def test_of_a_benchmark_the_highest_is_the_best() -> None:
     assert _tables(text)[0][4][3] == "**0.5100 ± 0.0100**"
 
 
+def test_of_bits_per_byte_the_lowest_is_the_best() -> None:
+    name, scores = "ours (bits_per_byte)", {"quadmix": [1.30, 1.31, 1.32], "between": [1.5, 1.51, 1.52]}
+    entries = [
+        Selected(each, _facts(), {"mmlu": MMLU[each]}, 1.0, {name: bits}, lower={name}) for each, bits in scores.items()
+    ]
+    rows = _rows(entries)
+    assert [rows[each][f"{name} standing"] for each in scores] == ["best", "worse"]
+
+
 def test_rows_are_in_the_order_of_the_objective_whatever_the_order_they_came_in() -> None:
     rows = _rows(ENTRIES[::-1], {"mmlu": 1.0})
     losses = _tables(to_markdown(list(rows.values()), *_facts_and_overlap(rows)))[0]

@@ -1,5 +1,6 @@
 """Every executor gives the rows and task ids of one process; faults are survived or named; nothing is left behind."""
 
+import multiprocessing
 import os
 import select
 import signal
@@ -14,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 from dask.system import CPU_COUNT
+from distributed import Nanny
 from nemo_curator.pipeline import Pipeline
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
@@ -476,3 +478,15 @@ def test_a_script_that_closes_nothing_ends_and_leaves_nothing(corpus, tmp_path):
     assert (process.returncode, out) == (0, "9\n")
     mine = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     assert mine == []
+
+
+def test_workers_that_do_not_end_in_time_are_killed_and_the_work_stands(monkeypatch):
+    async def late(*_, **__):
+        raise TimeoutError
+
+    with DaskExecutor(n_workers=2) as executor:
+        executor._connect().wait_for_workers(2)
+        workers = [each for each in multiprocessing.active_children() if each.name.startswith("Dask Worker")]
+        assert len(workers) == 2
+        monkeypatch.setattr(Nanny, "kill", late)
+    assert not any(each.is_alive() for each in workers)

@@ -168,8 +168,8 @@ def test_shots_of_tasks_of_the_harness_are_set_or_left(folder: Path) -> None:
 
 def test_a_group_is_scored_over_all_its_questions_with_its_shots(folder: Path, rows: list[dict]) -> None:
     settings = HarnessSettings((("all_of_ours", 0),), task_folder=str(folder))
-    found = evaluate_model(models()["trained"], TOKENIZER, settings, "cpu")["all_of_ours"]["all_of_ours"]
-    wanted = accuracies(models()["trained"], rows[:40])
+    found = evaluate_model(models()["random"], TOKENIZER, settings, "cpu")["all_of_ours"]["all_of_ours"]
+    wanted = accuracies(models()["random"], rows[:40])
     assert {name: _value(found, name) for name in wanted} == pytest.approx(wanted)  # acc_norm is not in its own list
     assert (found["shots"], found["questions"]) == (0, 40)
     parts = {name: found["subtasks"][name] for name in ("first", "second")}
@@ -227,6 +227,22 @@ def test_a_task_of_the_hub_without_a_network_is_named(tmp_path: Path, monkeypatc
 def test_a_folder_without_a_model_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(QuadmixError, match=re.escape(f"{tmp_path}: no model in Hugging Face's format there")):
         evaluate_model(tmp_path, TOKENIZER, HarnessSettings(local=(LocalTask("ours", (str(data),)),)), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "bits_per_byte"])
+def test_a_text_that_is_longer_than_the_context_is_named(kind: Any, tmp_path: Path, rows: list[dict]) -> None:
+    long = "stone " * 120
+    data = write_rows(
+        tmp_path / "long.jsonl", [rows[0], {**rows[1], "response": long, "choices": ["a", long], "answer": 0}]
+    )
+    task = LocalTask("long", (str(data),), kind=kind)
+    with pytest.raises(
+        QuadmixError, match=r"evaluate\.local\.long: a text of \d+ tokens, ' ?stone .*context of 96; shorten"
+    ):
+        _evaluate("random", task)
+    assert _evaluate("random", task, limit=1)["long"]["questions"] == 1
+    whole = LocalTask("long", (str(data),), kind="bits_per_byte", mask_prompt=False)
+    assert _evaluate("random", whole)["long"]["questions"] == 2
 
 
 def test_svamp_reads_a_number_and_compares_it(folder: Path) -> None:

@@ -129,10 +129,13 @@ def test_a_document_that_is_empty_or_outside_the_vocabulary_is_refused(tmp_path,
         write(tmp_path, [kind(document) for document in documents], 10, eod)
 
 
-def test_a_document_is_called_what_the_caller_calls_it(tmp_path):
+@pytest.mark.parametrize("batch", [1, 2, 1 << 20])
+@pytest.mark.parametrize("wrong", [[10], [-1], [], [0.5]])
+def test_a_document_is_called_what_the_caller_calls_it(tmp_path, monkeypatch, batch, wrong):
+    monkeypatch.setattr(megatron, "_BATCH", batch)
     pair, names = (tmp_path / "a.bin", tmp_path / "a.idx"), ["x", "y", "z"]
-    with pytest.raises(InputError, match=r"^z: an id of 10"):
-        write_documents([[1], [2, 3], [10]], *pair, 10, named=names.__getitem__)
+    with pytest.raises(InputError, match=r"^z: "):
+        write_documents([[1], [2, 3], wrong], *pair, 10, named=names.__getitem__)
 
 
 class TwoSamples:

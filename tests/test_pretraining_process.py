@@ -11,7 +11,9 @@ from pretrain_jobs import checkpoints, environment, lines, outcome, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from quadmix_plugin.errors import InputError, QuadmixError
-from quadmix_plugin.pretraining.launch import ERROR, LAUNCHER, OUTPUT
+from quadmix_plugin.pretraining import __main__ as program
+from quadmix_plugin.pretraining.launch import ERROR, LAUNCHER, OUTPUT, _error
+from quadmix_plugin.proxy.megatron_learner import CPULearner
 from quadmix_plugin.proxy.megatron_model import stop_parallel_state
 
 FAULTS = Path(__file__).with_name("pretrain_faults.py")
@@ -83,7 +85,7 @@ def test_killed_at_a_checkpoint_then_stopped_it_goes_on_to_the_same_model(job, u
         launched(job, "killed-publishing", 20)
     assert checkpoints(job) == [10]
     assert (job.place / "checkpoints" / ".step-000000020.tmp").is_dir()
-    with pytest.raises(QuadmixError, match=r"code 143 \(.*stopped after update 23.*the same command goes on from the"):
+    with pytest.raises(QuadmixError, match="seed 3: stopped after update 23, with a checkpoint; the same command goes"):
         launched(job, "terminated", 13)  # counted from update 10
     assert checkpoints(job) == [20, 23]
     assert not list((job.place / "checkpoints").glob(".*"))
@@ -121,16 +123,36 @@ def test_interrupted_at_the_terminal_it_saves_and_without_a_process_that_watches
     assert checkpoints(job) == [5]
 
 
-def test_an_error_comes_back_as_it_was(data, launched, tmp_path):
+@pytest.fixture
+def process(monkeypatch):
+    """The program in this process, which keeps its own handlers of signals and of logs."""
+    monkeypatch.setattr(program.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(program.logging, "basicConfig", lambda **_: None)
+    return lambda job: program.main(str(job.write()))
+
+
+def test_an_error_is_left_as_it_was(data, process, tmp_path):
     job = data.job(tmp_path / "run", UPDATES, eod=7)
-    with pytest.raises(InputError, match=r"train-0\.bin: its first document ends with id 0, this tokenizer's end"):
-        launched(job)
-    assert (job.place / ERROR).is_file()
+    assert process(job) == InputError.exit_code
+    error = _error(job, 1, job.place / OUTPUT)
+    assert type(error) is InputError
+    assert "train-0.bin: its first document ends with id 0, this tokenizer's end of a document is 7" in str(error)
 
 
-def test_a_crash_is_told_with_its_cause(job, launched):
-    with pytest.raises(QuadmixError, match="illegal memory access") as caught:
-        launched(job, "crashed", 3)
-    assert type(caught.value) is QuadmixError
-    assert str(job.place / OUTPUT) in str(caught.value)
-    assert "Traceback" in (job.place / OUTPUT).read_text(encoding="utf-8")
+def test_a_crash_is_left_with_its_cause_unless_another_process_knew_better(job, process, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("CUDA error: out of memory\nand many lines more")
+
+    monkeypatch.setattr(CPULearner, "step", crash)
+    with pytest.raises(RuntimeError):
+        process(job)
+    error = _error(job, 1, job.place / OUTPUT)
+    assert type(error) is QuadmixError
+    assert str(error) == (
+        f"pretrain: quadmix, seed 3: RuntimeError: CUDA error: out of memory; {job.place / OUTPUT} has the rest, and "
+        f"the same command goes on from the last checkpoint"
+    )
+    (job.place / ERROR).write_text('{"kind": "StorageError", "message": "the disk is full"}', encoding="utf-8")
+    with pytest.raises(RuntimeError):
+        process(job)
+    assert str(_error(job, 1, job.place / OUTPUT)) == "the disk is full"

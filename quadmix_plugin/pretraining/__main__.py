@@ -33,7 +33,9 @@ def main(path: str) -> int:
     try:
         pretrain(options, job, rank, processes, stop)
     except Interrupted as error:
-        logging.getLogger(__name__).info("%s", error)
+        _leave(job, QuadmixError(
+            f"pretrain: {job.selector}, seed {job.seed}: {error}; the same command goes on from there"
+        ))  # fmt: skip
         return 128 + signal.SIGTERM
     except QuadmixError as error:
         _leave(job, error)

@@ -85,6 +85,8 @@ class Checkpoints:
             learner.load(load_state(learner.state(loading=True), folder))
             logger.info("going on from %s", folder)
             return Progress(**content["progress"])
+        if any(self._finished()):
+            logger.warning("%s: no whole checkpoint, so training begins anew", self.folder)
         return Progress()
 
     def _publish(self, temporary: Path, final: Path, progress: Progress) -> None:

@@ -85,7 +85,10 @@ def launch(options: "MegatronTrainer", job: "PretrainJob") -> None:
 def _command(options: "MegatronTrainer", device: str) -> list[str] | None:
     """The command before ``-m``; None where this process trains itself."""
     if launcher := os.environ.get(LAUNCHER):
-        return shlex.split(os.path.expandvars(launcher))
+        try:
+            return shlex.split(os.path.expandvars(launcher))
+        except ValueError as error:
+            raise _no_start(launcher, error) from error
     if device == "cpu":
         return None
     processes = options.gpus or gpus_here(device)
@@ -99,7 +102,10 @@ def _run(command: list[str], job: "PretrainJob") -> None:
     logger.info("starting %s", shlex.join(command))
     output = job.place / OUTPUT
     with output.open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
+        except OSError as error:
+            raise _no_start(command[0], error) from error
         try:
             code = process.wait()
         except BaseException:
@@ -111,6 +117,10 @@ def _run(command: list[str], job: "PretrainJob") -> None:
             raise
     if code:
         raise _error(job, code, output)
+
+
+def _no_start(launcher: str, error: Exception) -> InputError:
+    return InputError(f"launcher {launcher!r}: cannot be started ({error}); give a command of this machine")
 
 
 def _error(job: "PretrainJob", code: int, output: Path) -> Exception:

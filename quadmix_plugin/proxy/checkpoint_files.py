@@ -22,7 +22,8 @@ from quadmix_plugin.models import first_line
 _TABLE = ".metadata"
 _LAYERS = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
-_CLASSES_OF = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_CLASSES_OF = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
+"""Megatron-core's own writer, on GPUs, leaves the plan by which it wrote."""
 _OTHERS = {
     ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
     ("pathlib._local", "PosixPath"), ("collections", "OrderedDict"), ("builtins", "set"),
