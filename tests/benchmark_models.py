@@ -1,8 +1,10 @@
 """Questions of the quickstart's validation rows, and two tiny models: one that knows the answers, one that does not."""
 
+import atexit
 import functools
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,9 @@ def ids(text: str) -> list[int]:
 @functools.lru_cache(maxsize=1)
 def models() -> dict[str, Path]:
     """Folders of ``trained``, which has seen the questions with their answers often, and ``random``; made once."""
-    return train(Path(tempfile.mkdtemp(prefix="quadmix-benchmark-models-")), questions())
+    folder = Path(tempfile.mkdtemp(prefix="quadmix-benchmark-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return train(folder, questions())
 
 
 def train(folder: Path, rows: list[Row]) -> dict[str, Path]:

@@ -160,7 +160,14 @@ def test_usage_errors_exit_2(tmp_path: Path, monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("command", "first"),
-    [("proxies", "label"), ("search", "proxies"), ("select", "search"), ("export", "select"), ("pretrain", "export"), ("evaluate", "pretrain")],
+    [
+        ("proxies", "label"),
+        ("search", "proxies"),
+        ("select", "search"),
+        ("export", "select"),
+        ("pretrain", "export"),
+        ("evaluate", "pretrain"),
+    ],
 )
 def test_step_before_its_turn_names_the_first_and_writes_nothing(
     command: str, first: str, tmp_path: Path, monkeypatch, capsys

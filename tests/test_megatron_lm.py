@@ -141,7 +141,7 @@ def test_schedules_have_the_names_of_megatron_lm(schedule, lowest):
 
 
 @pytest.mark.parametrize(
-    ("batch", "most", "gpus"), [(512, 0, 8), (24, 5, 8), (12, 4, 6), (4, 0, 4), (7, 3, 7), (1, 9, 1)]
+    ("batch", "most", "gpus"), [(512, 0, 8), (24, 5, 8), (48, 4, 8), (12, 4, 6), (4, 0, 4), (7, 3, 7), (1, 9, 1)]
 )
 def test_a_batch_divides_among_gpus_and_passes(batch, most, gpus):
     """Megatron-LM refuses another."""

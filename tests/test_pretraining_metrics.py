@@ -62,10 +62,11 @@ def test_a_last_line_that_a_crash_has_cut_off_is_left_out(cut, tmp_path):
 
 def test_what_was_written_is_there_although_the_process_is_killed(tmp_path):
     metrics = Metrics.open(tmp_path, 0, None, "run")
-    metrics.write(1, {"loss": 2.5})
     try:  # not closed yet
-        assert read(tmp_path / FILE) == [{"step": 1, "loss": 2.5}]
-        assert scalars(tmp_path) == {"loss": [(1, 2.5)]}
+        for step in (1, 2, 3):
+            metrics.write(step, {"loss": step / 2})
+            assert read(tmp_path / FILE)[-1] == {"step": step, "loss": step / 2}
+            assert scalars(tmp_path)["loss"][-1] == (step, step / 2)
     finally:
         metrics.board.close()
 
