@@ -18,8 +18,8 @@ from quadmix_plugin.corpus import list_files
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import write_documents
 from quadmix_plugin.proxy.megatron_checkpoint import load_checkpoint, load_state, save_state
-from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, quiet_import, stop_parallel_state
 from quadmix_plugin.proxy.megatron_learner import GPULearner, PassDataset
+from quadmix_plugin.proxy.megatron_model import from_megatron, gpt_model, quiet_import, stop_parallel_state
 from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer
 from quadmix_plugin.proxy.model import Decoder
 from quadmix_plugin.proxy.pieces import cut_pieces
