@@ -37,7 +37,7 @@ from quadmix_plugin.store import RunDirectory, Step
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 VOCABULARIES = (50_432, 128_256)
 MEDIAN_TOKENS, SPREAD = 500, 1.0
-PER_SHARD = 500
+PER_SHARD = 2000  # the default of recipes
 OURS, MEGATRON = "quadmix", "Megatron, per document"
 
 Documents = list[list[int]] | list[NDArray[Any]]

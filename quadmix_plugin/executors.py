@@ -48,7 +48,6 @@ _WORKER_ENV = {
     "LOGURU_LEVEL": "WARNING",
 }
 _GUARD = 'put the script under `if __name__ == "__main__":`'
-_WORKER_NAME = "Dask Worker process"
 _RAY_ONLY = ("is_raft_actor", "is_lsh_stage", "is_shuffle_stage")
 _ID_OPTIONS = ("_generate_ids", "_assign_ids", "generate_ids", "assign_id", "use_id_generator")
 
@@ -183,19 +182,9 @@ class DaskExecutor(BaseExecutor):
                 raise
 
     def close(self) -> None:
-        """Stops the cluster if it is this executor's own; a further ``execute`` starts another.
-
-        Workers that do not end in time, on a machine with much else to do, are killed: what they did is written.
-        """
+        """Stops the cluster if it is this executor's own; a further ``execute`` starts another."""
         self._client = self._given_client
-        try:
-            self._open.close()
-        except TimeoutError:
-            logger.info("the Dask workers did not end in time and are killed")
-            for process in multiprocessing.active_children():
-                if process.name.startswith(_WORKER_NAME):
-                    process.kill()
-                    process.join()
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self
@@ -256,6 +245,7 @@ class DaskExecutor(BaseExecutor):
                         local_directory=scratch.name,
                         resources=self._resources,
                     )
+                stack.enter_context(_killed_if_late(cluster))
                 yield stack.enter_context(cluster)
         finally:
             for key, value in before.items():
@@ -267,6 +257,18 @@ class DaskExecutor(BaseExecutor):
     def _refuse_missing_gpus(self, stages: Sequence[ProcessingStage], offered: float) -> None:
         remedy = 'use device: cpu, the inline executor, or workers with resources {"GPU": 1} (worker_resources)'
         _refuse_missing_gpus(stages, offered, remedy)
+
+
+@contextlib.contextmanager
+def _killed_if_late(cluster: Any) -> "Iterator[None]":
+    """Kills a cluster's workers that do not end in time, on a machine with much else to do: their work is written."""
+    try:
+        yield
+    except TimeoutError:
+        logger.info("the Dask workers did not end in time and are killed")
+        for nanny in cluster.workers.values():
+            with contextlib.suppress(AttributeError, ProcessLookupError, TypeError):  # one that has ended
+                os.kill(nanny.process.process.pid, signal.SIGKILL)
 
 
 def refuse_ray_only(stages: Sequence[ProcessingStage], where: str) -> None:

@@ -73,6 +73,4 @@ def cpu_as_cuda() -> Iterator[None]:
             megatron_model.stop_parallel_state()
             parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # megatron-core forgets it
             RotaryEmbedding.forward.cache_clear()
-            if filesystem_async._results_queue is not None:
-                filesystem_async._results_queue._manager.shutdown()
-                filesystem_async._results_queue = None
+            filesystem_async._results_queue = None

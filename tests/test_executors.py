@@ -484,9 +484,11 @@ def test_workers_that_do_not_end_in_time_are_killed_and_the_work_stands(monkeypa
     async def late(*_, **__):
         raise TimeoutError
 
+    before = set(multiprocessing.active_children())
     with DaskExecutor(n_workers=2) as executor:
         executor._connect().wait_for_workers(2)
-        workers = [each for each in multiprocessing.active_children() if each.name.startswith("Dask Worker")]
+        workers = set(multiprocessing.active_children()) - before
         assert len(workers) == 2
         monkeypatch.setattr(Nanny, "kill", late)
-    assert not any(each.is_alive() for each in workers)
+    assert psutil.wait_procs([psutil.Process(each.pid) for each in workers if each.is_alive()], timeout=10)[1] == []
+    assert all(each.is_alive() for each in before)

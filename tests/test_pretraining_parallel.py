@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from cpu_as_cuda import cpu_as_cuda
 from pretrain_jobs import checkpoints, environment, lines, losses, train, write_data
@@ -63,6 +64,13 @@ def same_training(job, other):
         assert line == pytest.approx(wanted, abs=1e-4)
     assert losses(job)["losses"] == pytest.approx(losses(other)["losses"], abs=1e-4)
     assert losses(job)["learnt"] == losses(other)["learnt"]
+
+
+def test_saving_leaves_no_process_behind(data, tmp_path):
+    """Those that megatron-core and the data sets use are ended, or they would outlive a job that is killed."""
+    before = set(psutil.Process().children(recursive=True))
+    train_in_one(data.job(tmp_path, 4, options=AS_CUDA))
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_two_processes_stop_together_and_one_goes_on(data, undisturbed, tmp_path, monkeypatch):

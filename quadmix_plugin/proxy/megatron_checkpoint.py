@@ -4,6 +4,7 @@ On a GPU megatron-core's own writer is used; on the CPU the same format is writt
 to save or which checkpoint is the last.
 """
 
+import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,7 @@ _EXTRA = "_extra_state"
 def save_state(state: dict[str, Any], folder: Path, device: torch.device) -> None:
     """Writes a sharded state, tensors and plain values, as megatron-core's distributed checkpoint.
 
-    All processes of the group call it. On a GPU megatron-core writes in processes of its own: a script needs a
-    ``__main__`` guard, and a daemon cannot do it.
+    All processes of the group call it. On a GPU megatron-core writes in processes that it forks, which a daemon cannot.
 
     Raises:
         InputError: the folder holds files.
@@ -36,6 +36,9 @@ def save_state(state: dict[str, Any], folder: Path, device: torch.device) -> Non
     """
     with quiet_import():
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    if filesystem_async._results_queue is None:  # its own is a process, which would outlive this one if it is killed
+        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
     if torch.distributed.get_rank() == 0 and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty; give a new folder for the checkpoint")
