@@ -17,6 +17,7 @@ from quadmix_plugin.hashing import uniform
 from quadmix_plugin.megatron import TokenFile
 from quadmix_plugin.parameters import Parameters, ParameterSpace
 from quadmix_plugin.pipelines.context import open_run
+from quadmix_plugin.pipelines.export import exported
 from quadmix_plugin.pipelines.run import run_steps, steps_until
 
 N = 900
@@ -170,7 +171,8 @@ def test_a_thinned_pool_holds_what_proxies_draw_and_keeps_their_law(tmp_path: Pa
             assert not copies[~in_pool].any()
             assert row["selected_tokens"] == int(((table.tokens + 1) * copies).sum())
         chosen = run.step("select").read_json("selection/summary.json")["selection"]
-        assert len(TokenFile.open(tmp_path / "out" / "tokens" / "train").lengths) == chosen["copies"]
+        written = [TokenFile.open(prefix).n_documents for prefix in exported(run, run.step("export")).prefixes]
+        assert sum(written) == chosen["copies"]
 
 
 def test_a_thinned_pool_needs_common_draws(tmp_path: Path) -> None:

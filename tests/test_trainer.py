@@ -318,14 +318,20 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
     from transformers import AutoModelForCausalLM
 
     step = work[0].step
-    stage = PretrainSelections(step, work[0].validation, 8000, 4096, 0, options=TINY)
+    tokenizer = str(QUICKSTART / "models" / "tokenizer")
+    stage = PretrainSelections(
+        step, work[0].validation, "unused", 8000, 4096, 0, tokenizer, trainer="torch", options=TINY
+    )
     row = {
         "selector": "random",
         "seed": 1,
-        "prefix": pool_prefix,
+        "prefixes": [pool_prefix],
+        "documents": [],
+        "selected_tokens": 20,
         "unique_tokens": 10,
         "part": "a/1.json",
         "model": "a/m",
+        "folder": "a/training",
     }
     found = stage.process(pretrain_tasks(pa.Table.from_pylist([row]))[0]).data.to_pylist()[0]
     _, curves, failures = merge_parts(step, ["a/1.json"], ["selector", "seed"])
