@@ -12,8 +12,7 @@ from quadmix_plugin.proxy.model import save_weights
 from quadmix_plugin.store import Step
 
 if TYPE_CHECKING:
-    from quadmix_plugin.models import load_tokenizer
-from quadmix_plugin.proxy.model import Decoder
+    from quadmix_plugin.proxy.model import Decoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"

@@ -354,7 +354,7 @@ def _selections(run: Run) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(("per_shard", "shards"), [(1000, 1), (15, 60)])
+@pytest.mark.parametrize(("per_shard", "shards"), [(1000, 1), pytest.param(15, 60, marks=pytest.mark.slow)])
 def test_selections_do_not_depend_on_the_shards(
     whole: Path, recipe: Path, tmp_path: Path, per_shard: int, shards: int
 ) -> None:
@@ -370,6 +370,7 @@ def test_selections_do_not_depend_on_the_shards(
     assert all(wanted.values())
 
 
+@pytest.mark.slow
 def test_dask_gives_the_same_bytes(recipe: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     _compare(recipe, out, "executor.name=dask", "executor.workers=2")

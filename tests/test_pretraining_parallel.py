@@ -22,7 +22,7 @@ from quadmix_plugin.proxy.megatron_trainer import MegatronTrainer
 
 SCRIPT = Path(__file__).with_name("pretrain_as_cuda.py")
 UPDATES = 30
-AS_CUDA = {"device": "cuda", "dtype": "float32"}
+AS_CUDA = {"device": "cuda", "dtype": "float32", "micro_batch_size": 1}  # several passes for each process
 NEVER = 0
 
 

@@ -135,6 +135,7 @@ def test_dask_gives_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: 
     assert _results(tmp_path) == _results(finished)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(recipe_path: Path, finished: Path, tmp_path: Path) -> None:
     commits = sum(1 for _ in (finished / "manifest").rglob("*.json")) * 2
     kills = 0
