@@ -242,6 +242,7 @@ def test_a_killed_worker_costs_nothing_but_time(
     assert _made(out) == wanted
 
 
+@pytest.mark.slow
 def test_an_export_whose_workers_die_goes_on_where_it_was(
     recipe: Path, out: Path, wanted: dict, dask_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

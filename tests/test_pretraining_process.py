@@ -66,6 +66,7 @@ def scalars(job):
     return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_killed_after_a_checkpoint_it_goes_on_to_the_same_model(job, undisturbed, launched):
     with pytest.raises(QuadmixError, match=r"quadmix, seed 3: its processes ended with code -9 .*output\.log.*goes on"):
         launched(job, "killed", 28)

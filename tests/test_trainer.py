@@ -346,6 +346,7 @@ def test_the_comparison_saves_a_model_that_loads_and_has_the_stated_loss(work, p
         assert evaluate(model, each) == pytest.approx(found[f"loss_{each.task}"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_bits_as_this_process(work, dask_executor, tmp_path):
     from nemo_curator.pipeline import Pipeline
 
