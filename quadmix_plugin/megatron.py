@@ -8,22 +8,23 @@ own.
 import struct
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin.errors import InputError, QuadmixError
+from quadmix_plugin.portions import portions
 
 MOST_PAIRS = 32_766
 """Of one blend: megatron-core's BlendedDataset numbers them by 16 bits and refuses 32,767."""
 
 _HEADER = b"MMIDIDX\x00\x00"
-_BATCH = 1 << 20  # ids that are put together before they are written
+_BATCH = 1 << 20  # ids that are put together before they are written; a longer document comes alone or as the last
 _LONGEST = (1 << 31) - 1  # tokens of a document and its end: the index has lengths of 32 bits
 
 _SAMPLE = 1 << 20
@@ -60,9 +61,9 @@ def write_documents(
     """
     dtype = np.dtype(_indexed("DType").optimal_dtype(vocabulary))
     lengths: list[NDArray[np.int32]] = []
-    count = 0
+    count, sized = 0, cast("Iterable[Any]", documents)  # lists and arrays, which ArrayLike is wider than
     with bin_path.open("wb", buffering=0) as file:
-        for batch in _batches(documents):
+        for batch in portions(sized, _BATCH):
             ids, ends = _joined(batch, eod, count, named)
             _require_known(ids, ends, vocabulary, count, named)
             _write_all(file, ids.astype(dtype, copy=False))
@@ -90,20 +91,6 @@ def require_few_pairs(pairs: int, place: str) -> None:
             f"{place}: {pairs:,} shards, and Megatron blends at most {MOST_PAIRS:,} token files; raise "
             f"corpus.documents_per_shard"
         )
-
-
-def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    """The documents, some million ids at a time; a longer one comes alone or as the last of its batch."""
-    batch: list[Any] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document)
-        if held >= _BATCH:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 def _joined(

@@ -5,7 +5,7 @@ is remembered is bounded, and changes no result.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.kernels import interning
+from quadmix_plugin.portions import portions
 
 SMOOTHING = 1e-8
 _AT_ONCE = 1 << 20  # characters
@@ -50,7 +51,7 @@ class NgramBuckets:
     def counts(self, texts: Iterable[str]) -> NDArray[np.int64]:
         """The features of all these texts together [n_buckets]."""
         total = np.zeros(self.n_buckets, dtype=np.int64)
-        for some in _portions(texts):
+        for some in portions(texts, _AT_ONCE):
             seen = _memory(self).read(some)
             for numbers, buckets in seen.ngrams:
                 total += np.bincount(buckets[numbers[numbers >= 0]], minlength=self.n_buckets)
@@ -63,7 +64,7 @@ class NgramBuckets:
         """
         sums, words = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
         first = 0
-        for some in _portions(texts):
+        for some in portions(texts, _AT_ONCE):
             seen = _memory(self).read(some)
             here = slice(first, first + len(some))
             words[here] = np.diff(seen.ends, prepend=0)
@@ -167,19 +168,6 @@ def _memory(features: NgramBuckets) -> _Memory:
     if memory is None or memory.features != features or any(n.size > _REMEMBERED for n in memory.lengths):
         memory = _thread.memory = _Memory(features)
     return memory
-
-
-def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in order, so many at once that temporary arrays stay small."""
-    portion, characters = [], 0
-    for text in texts:
-        portion.append(text)
-        characters += len(text)
-        if characters >= _AT_ONCE:
-            yield portion
-            portion, characters = [], 0
-    if portion:
-        yield portion
 
 
 def _tokens(

@@ -5,7 +5,7 @@ here for the selection itself.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,14 @@ from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import uniform
 from quadmix_plugin.megatron import write_documents
+from quadmix_plugin.portions import portions
 from quadmix_plugin.schema import DOC_ID, TEXT
 from quadmix_plugin.stages.labelling import read_texts
 from quadmix_plugin.stages.score_columns import arrow, read_numbers
 from quadmix_plugin.store import Entry, Step
 from quadmix_plugin.training_data import Documents, shard_facts, write_shard
 
-_CHARACTERS = 1 << 21  # that are tokenised at once: while it does, the tokenizer takes some 400 bytes a token
+_CHARACTERS = 1 << 21  # that are tokenised at once: meanwhile the tokenizer takes some 400 bytes a token
 
 
 @dataclass
@@ -143,7 +144,7 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
         """The ids of each text and its end; those without tokens have no end either."""
         self.setup()
         flat, lengths = array("I"), []
-        for part in _parts(texts):
+        for part in portions(texts, _CHARACTERS):
             clean = [models.encodable(text) for text in part]
             for encoding in self._loaded.encode_batch_fast(clean, add_special_tokens=False):
                 ids = encoding.ids
@@ -166,20 +167,6 @@ class ExportTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
             kept = set(rows[DOC_ID].to_pylist())
             chosen &= np.fromiter((doc_id in kept for doc_id in column.to_pylist()), bool, len(column))
         return chosen
-
-
-def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, some million characters at a time, so that encodings of a whole shard are never held."""
-    part: list[str] = []
-    held = 0
-    for text in texts:
-        part.append(text)
-        held += len(text)
-        if held >= _CHARACTERS:
-            yield part
-            part, held = [], 0
-    if part:
-        yield part
 
 
 def require_counts(

@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from quadmix_plugin import models
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import TokenFile
+from quadmix_plugin.portions import portions
 from quadmix_plugin.stages import ExportTokens, export_tokens
 from quadmix_plugin.stages.export_tokens import pair_entry
 
@@ -121,7 +122,7 @@ def test_documents_without_tokens_are_left_out(step):
 def test_texts_are_tokenised_in_parts_and_come_out_the_same(step, corpus, monkeypatch):
     exported(step, corpus)
     monkeypatch.setattr(export_tokens, "_CHARACTERS", 5_000)
-    assert len(list(export_tokens._parts(corpus["text"].to_pylist()))) > 10
+    assert len(list(portions(corpus["text"].to_pylist(), 5_000))) > 10
     exported(step, corpus, folder="parts")
     for i in range(3):
         assert read(step, f"parts/part-{i}") == read(step, f"proxies/pool/part-{i}")

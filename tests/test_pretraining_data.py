@@ -13,7 +13,7 @@ from pretrain_jobs import CONTEXT, EOD, VOCABULARY, write_data, write_tokens
 
 from quadmix_plugin.errors import InputError, StorageError
 from quadmix_plugin.megatron import TokenFile
-from quadmix_plugin.pretraining.data import TrainingData
+from quadmix_plugin.pretraining.data import TrainingData, _Numbers
 from quadmix_plugin.proxy.megatron_model import start_parallel_state, stop_parallel_state
 
 CPU = torch.device("cpu")
@@ -263,3 +263,10 @@ def test_a_full_disk_is_named(job, tmp_path):
             open_data(dataclasses.replace(job, root=str(root)))
     finally:
         subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+def test_the_numbers_of_a_long_training_are_made_as_they_are_needed():
+    """500B tokens in batches of 1024 pieces are 244 million numbers."""
+    numbers = _Numbers(5, 5 + 10**12, 8, 4, 1)
+    assert len(numbers) == 10**12
+    assert next(iter(numbers)) == [44, 45, 46, 47]

@@ -21,7 +21,7 @@ from pretrain_jobs import (
 )
 
 from quadmix_plugin.errors import InputError, QuadmixError
-from quadmix_plugin.pretraining import loop
+from quadmix_plugin.pretraining import loop, result
 from quadmix_plugin.pretraining.data import TrainingData
 from quadmix_plugin.proxy.megatron_learner import CPULearner
 from quadmix_plugin.proxy.megatron_model import start_parallel_state, stop_parallel_state
@@ -271,7 +271,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(data, tmp_path):
 def test_a_model_that_is_trained_is_only_measured_again(data, trained, tmp_path, monkeypatch):
     job = data.job(tmp_path, 42, options={"eval_every": 10})
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_model", lambda *_: 1 / 0)
+        patch.setattr(result, "write_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(job)
     assert job.results.entry(job.part) is None

@@ -93,11 +93,7 @@ class TrainingData:
         """The part of process ``rank`` in the batches of updates ``first`` to ``end``, int64 [b, context + 1]."""
         from torch.utils.data import DataLoader
 
-        share = self.batch_size // processes
-        numbers = [
-            list(range(update * self.batch_size + rank * share, update * self.batch_size + (rank + 1) * share))
-            for update in range(first, end)
-        ]
+        numbers = _Numbers(first, end, self.batch_size, self.batch_size // processes, rank)
         on_gpu = device.type == "cuda"
         samples: Any = _Samples(self.train)
         loader = DataLoader(samples, batch_sampler=numbers, num_workers=2 if on_gpu else 0, pin_memory=on_gpu)
@@ -128,6 +124,25 @@ class TrainingData:
                 tables[file] = pq.read_table(self.documents[file], columns=[DOC_ID])[DOC_ID]
             found |= dict.fromkeys(tables[file].take([int(i) for i in positions]).to_pylist())
         return list(found)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The samples of process ``rank`` in each batch, made as they are needed: a long training has billions."""
+
+    first: int
+    end: int
+    batch_size: int
+    share: int
+    rank: int
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in range(self.first, self.end):
+            begin = update * self.batch_size + self.rank * self.share
+            yield list(range(begin, begin + self.share))
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quadmix_plugin.errors import InputError, QuadmixError
-from quadmix_plugin.hugging_face import write_model
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.pretraining.checkpoints import Checkpoints, Progress
 from quadmix_plugin.pretraining.data import TrainingData
-from quadmix_plugin.pretraining.metrics import Metrics, flops_per_token, peak_flops, read
+from quadmix_plugin.pretraining.metrics import FILE, Metrics, flops_per_token, peak_flops, read
+from quadmix_plugin.pretraining.result import write_result
 from quadmix_plugin.proxy.megatron_learner import CPULearner, GPTLearner, GPULearner
-from quadmix_plugin.proxy.parts import measured
 from quadmix_plugin.proxy.training import ENOUGH_STEPS, CurvePoint, TrainResult, on_threads
 from quadmix_plugin.proxy.validation import evaluate, load_validation_sets
 from quadmix_plugin.store import content_key, sha256_file, write_json
@@ -35,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _EVALUATIONS = 20
 _CURVE_POINTS = 100
+_DIGITS = 12
 _NAMED = 20  # documents in a message
 _VALIDATION_TOKENS = 1 << 14  # per pass
 _OF_IDENTITY = ("learning_rate", "batch_size", "warmup", "schedule", "final_learning_rate", "decay", "weight_decay",
@@ -101,7 +101,7 @@ class _Training:
     def _metrics(self) -> Any:
         if self.rank:
             return contextlib.nullcontext()
-        name = f"{self.job.selector}-{self.job.seed}"
+        name = f"{self.job.selector}-{self.job.seed}-{self.job.key[:_DIGITS]}"  # no other run of the project has it
         return Metrics.open(self.job.place, self.progress.update, self.options.wandb, name)
 
     def _stops(self, together: bool) -> bool:
@@ -285,18 +285,13 @@ def _finish(training: _Training, started: float) -> None:
         model=model,
         learnt=last.train_loss < training.data.entropy if training.updates >= ENOUGH_STEPS else None,
     )
-    write_model(job.results, job.model, model, job.eod, job.tokenizer)
-    job.results.write_json(job.part, {
-        "selector": job.selector, "seed": job.seed, **measured(result, sets), "selected_tokens": job.selected_tokens,
-        "unique_tokens": job.unique_tokens, "epochs": result.tokens_seen / job.selected_tokens,
-        "seconds": time.perf_counter() - started,
-    })  # fmt: skip
+    write_result(job, result, sets, job.selected_tokens, started)
     shutil.rmtree(job.place / "indices", ignore_errors=True)
 
 
 def _curve(job: "PretrainJob", updates: int, losses: dict[str, float]) -> tuple[CurvePoint, ...]:
     """The training loss over ``metrics.jsonl``, neighbours taken together; the last point has the losses."""
-    lines = read(job.place / "metrics.jsonl")
+    lines = read(job.place / FILE)
     size = -(-len(lines) // _CURVE_POINTS)
     points = []
     for start in range(0, len(lines), size):

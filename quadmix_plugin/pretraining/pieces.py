@@ -3,8 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from quadmix_plugin.hugging_face import write_model
-from quadmix_plugin.proxy.parts import measured
+from quadmix_plugin.pretraining.result import write_result
 from quadmix_plugin.proxy.pieces import cut_pieces
 from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.validation import load_validation_sets
@@ -24,8 +23,4 @@ def train_on_pieces(trainer: Any, job: "PretrainJob") -> None:
     pieces = cut_pieces(pool, None, None, trainer.context, job.tokens, job.seed, trainer.batch_size)
     sets = load_validation_sets(job.validation, "report")
     result = trainer.train(pieces, sets, seed=job.seed, vocabulary=job.vocabulary)
-    write_model(job.results, job.model, result.model, job.eod, job.tokenizer)
-    job.results.write_json(job.part, {
-        "selector": job.selector, "seed": job.seed, **measured(result, sets), "selected_tokens": pieces.selected_tokens,
-        "unique_tokens": job.unique_tokens, "epochs": pieces.epochs, "seconds": time.perf_counter() - started,
-    })  # fmt: skip
+    write_result(job, result, sets, pieces.selected_tokens, started)
