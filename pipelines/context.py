@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +23,14 @@ from nemo_curator.backends.base import BaseExecutor
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
-from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, scorer_plugin
+from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, scheduler_of, scorer_plugin
 from quadmix_plugin.corpus import CorpusFile, list_files
 from quadmix_plugin.domain_summary import DomainSummary
 from quadmix_plugin.errors import InputError, QuadmixError, RecipeError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TOKENS, ScoreTable, normalised_column, score_column
+from quadmix_plugin.sections import Executor
 from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -257,15 +259,31 @@ def executor_of(recipe: Recipe, n_workers: int | None = None) -> BaseExecutor:
     section = recipe.executor
     options: dict[str, Any] = {}
     if section.name == "dask":
-        options = {
-            "n_workers": section.workers or n_workers,
-            "address": section.address,
-            "memory_limit": section.memory_limit,
-        }
-        if section.address is None and choose_device(section.device).startswith("cuda"):
-            # Workers that share one GPU; one worker per GPU needs dask-cuda's cluster, given as an address.
-            options |= {"n_workers": section.workers or n_workers or 1, "worker_resources": {"GPU": 1}}
+        there = scheduler_of(section)
+        keys = ("address", "scheduler_file", "tls_ca", "tls_cert", "tls_key")
+        options = {key: getattr(section, key) for key in keys} if there else _local_cluster(section, n_workers)
     return make_executor(section.name, options)
+
+
+def _local_cluster(section: Executor, n_workers: int | None) -> dict[str, Any]:
+    """Options of a cluster on this machine: one worker per core, or per GPU where there are some."""
+    workers = section.workers or n_workers
+    options = {"n_workers": workers, "max_workers": section.max_workers, "memory_limit": section.memory_limit}
+    gpu_options = {"rmm_pool_size": section.rmm_pool_size, "protocol": section.protocol}
+    if not choose_device(section.device).startswith("cuda"):
+        return {**options, **gpu_options}
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if find_spec("dask_cuda") is None:  # workers that share one GPU
+        if gpus > 1:
+            logger.warning(
+                "%d GPUs are here and one is used; `pip install quadmix-plugin[cuda12]` gives each a worker", gpus
+            )
+        return {**options, **gpu_options, "n_workers": workers or 1, "worker_resources": {"GPU": 1}}
+    if workers is not None and workers > gpus:
+        raise RecipeError(f"executor.workers: {workers} workers for {gpus} GPUs; give at most {gpus}, or leave it out")
+    return {**options, **gpu_options, "gpu_workers": True}
 
 
 def trainer_options(run: Run, trainer: str, options: dict) -> dict:

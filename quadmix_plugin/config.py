@@ -6,12 +6,15 @@ are relative to the recipe's folder. A fault is one line with the place, the val
 
 import difflib
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from quadmix_plugin.credentials import refuse_credentials
+from quadmix_plugin.dask_cluster import Scheduler, Tls
 from quadmix_plugin.errors import RecipeError
 from quadmix_plugin.sections import (
     Compare,
@@ -34,7 +37,7 @@ from quadmix_plugin.sections import (
     Tokenizer,
     Validation,
 )
-from quadmix_plugin.strict_yaml import read_mapping
+from quadmix_plugin.strict_yaml import read_mapping, read_value
 
 
 class Recipe(Section):
@@ -93,24 +96,49 @@ class Recipe(Section):
         return value
 
 
+_FILES = (
+    *(("normalise", "frozen"), ("rank", "frozen"), ("select", "theta"), ("evaluate", "task_folder")),
+    *(("executor", key) for key in ("scheduler_file", "tls_ca", "tls_cert", "tls_key")),
+)
+"""Keys that name a file or folder, apart from corpora, models and options of plug-ins."""
+
+_DEEPEST_KEY = 32  # parts before the last of a key of --set; options of plug-ins may nest
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe; ``overrides`` are ``key.key=value`` pairs of ``--set``. Paths come out absolute.
 
     Raises:
         RecipeError: no such file, not YAML, a key given twice, unknown (with the nearest) or missing, or a value of
-            the wrong type; plug-in names and their options are checked as well.
+            the wrong type; credentials; plug-in names and their options are checked as well.
     """
     path = Path(path)
     content = read_mapping(path)
     for override in overrides or []:
         _override(content, override)
+    refuse_credentials(content, path)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_explain(error)}") from error
     recipe = _with_absolute_paths(recipe, path.absolute().parent)
     _check_plugins(recipe, path)
+    scheduler_of(recipe.executor)
     return recipe
+
+
+def scheduler_of(section: Executor) -> Scheduler | None:
+    """The Dask scheduler that is there already, if the section names one.
+
+    Raises:
+        RecipeError: one off loopback without TLS, or a certificate that cannot be read.
+    """
+    tls = Tls(section.tls_ca, section.tls_cert, section.tls_key)
+    if section.address is None and section.scheduler_file is None:
+        if tls != Tls():
+            raise RecipeError("executor.tls_ca: certificates are for an existing scheduler; give its address too")
+        return None
+    return Scheduler(section.address, section.scheduler_file, tls)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -148,18 +176,22 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: give key=value, such as proxy.number=64")
     target = content
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST_KEY:
+        raise RecipeError(f"--set {override[:80]}…: {len(parents) + 1} parts of a key; no key has so many")
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise RecipeError(f"--set {override}: {parent!r} holds a value, not a section")
     try:
-        target[last] = yaml.safe_load(value)
+        target[last] = read_value(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML; quote it") from error
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    faults = error.errors()
+    # What is missing may be what an unknown key was meant to be.
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     loc = [str(part) for part in first["loc"]]
     where = ".".join(loc) or "recipe"
     if first["type"] == "extra_forbidden":
@@ -194,13 +226,13 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 
     def model(value: Any) -> Any:
         """A model is a folder where one of that name is there or it is written like a path; otherwise a hub id."""
-        looks_like_path = str(value).startswith((".", "/")) or (base / str(value)).exists()
+        looks_like_path = str(value).startswith((".", "/")) or os.path.exists(base / str(value))  # of any length
         return absolute(value) if looks_like_path else value
 
     content = recipe.model_dump()
     for section in ("corpus", "validation"):
         content[section]["path"] = absolute(content[section]["path"])
-    for section, key in (("normalise", "frozen"), ("rank", "frozen"), ("select", "theta"), ("evaluate", "task_folder")):
+    for section, key in _FILES:
         if content[section][key]:
             content[section][key] = absolute(content[section][key])
     for questions in content["evaluate"]["local"].values():
@@ -217,13 +249,14 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 def _check_plugins(recipe: Recipe, path: Path) -> None:
     from quadmix_plugin import registry
 
-    registry.create("domain_classifiers", recipe.domain.classifier, recipe.domain.options, f"{path}: domain")
+    domain = recipe.domain
+    _create("domain_classifiers", domain.classifier, domain.options, f"{path}: domain", ("classifier", "top_k"))
     for name, given in recipe.scorers.items():
         plugin, rest = scorer_plugin(name, given)
-        registry.create("scorers", plugin, rest, f"{path}: scorers.{name}")
+        _create("scorers", plugin, rest, f"{path}: scorers.{name}", ("scorer",))
     for name, given in recipe.compare.selectors.items():
         plugin, rest = selector_plugin(name, given)
-        registry.create("selectors", plugin, rest, f"{path}: compare.selectors.{name}")
+        _create("selectors", plugin, rest, f"{path}: compare.selectors.{name}", ("selector", "times"))
         for key in ("scorer_name", "scorer_names", "exclude_scorers", "quality"):
             named = rest.get(key) or []
             if unknown := [
@@ -243,3 +276,18 @@ def _check_plugins(recipe: Recipe, path: Path) -> None:
         registry.load("regressors", name, f"{path}: search.compared")
     registry.create("trainers", recipe.proxy.trainer, recipe.proxy.options, f"{path}: proxy.options")
     registry.create("trainers", recipe.pretrain.trainer, recipe.pretrain.options, f"{path}: pretrain.options")
+
+
+def _create(group: str, plugin: str, options: Options, place: str, beside: tuple[str, ...]) -> None:
+    """As ``registry.create``, where a recipe has the options of a plug-in in one mapping with keys of its own."""
+    from quadmix_plugin import registry
+
+    try:
+        registry.create(group, plugin, options, place)
+    except RecipeError as error:
+        known = [each.name for each in fields(registry.load(group, plugin))] if plugin in registry.names(group) else []
+        for key in options:
+            near = difflib.get_close_matches(key, [*known, *beside], n=1, cutoff=0.7)
+            if key not in known and near and near[0] in beside:
+                raise RecipeError(f"{place}.{key}: unknown key; did you mean {near[0]!r}?") from error
+        raise

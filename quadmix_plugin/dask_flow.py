@@ -11,6 +11,7 @@ with a unit is in ``dask_worker``, what starts and stops a cluster in ``executor
 import contextlib
 import heapq
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ Key = tuple[int, ...]
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_LOOKS = 5.0
 _URGENT = 1_000_000  # priority of the small tasks that only hand payloads on
 
 
@@ -73,15 +75,18 @@ class Flow:
     Args:
         client: a connected Dask client.
         stages: stages as ``Pipeline.build`` leaves them.
-        window: how many units may be under way at once.
         on_progress: called with (stage name, tasks done, tasks expected or None while unknown).
+        slots: threads of workers that may yet come, as an adaptive cluster only grows for work that it has been given.
     """
 
-    def __init__(self, client: "Client", stages: Sequence[ProcessingStage], window: int, on_progress: Progress | None):
+    def __init__(
+        self, client: "Client", stages: Sequence[ProcessingStage], on_progress: Progress | None, slots: int = 1
+    ):
         from distributed import as_completed
 
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too
-        self._stages, self._window, self._on_progress = stages, window, on_progress
+        self._stages, self._on_progress = stages, on_progress
+        self._slots, self._window, self._window_until = slots, 0, 0.0
         self._run = uuid.uuid4().hex
         self._starts = [i for i, stage in enumerate(stages) if _batch_size(stage) > 1]
         self._segment = [sum(start <= i for start in self._starts) for i in range(len(stages))]
@@ -107,6 +112,7 @@ class Flow:
         """
         self._client.subscribe_topic(TOPIC, self._on_report)
         try:
+            self._look_at_workers()
             self._prepare()
             self._received[0] = len(tasks)
             self._hand_on(0, ((((i,), [task], shard_of(task)) for i, task in enumerate(tasks))), len(tasks))
@@ -126,16 +132,21 @@ class Flow:
             for message in self._tear_down():
                 logger.warning("%s", message)
 
+    def _look_at_workers(self) -> None:
+        """Fits the window to the workers that there are now: some come, go or start again while work goes on."""
+        if time.monotonic() > self._window_until:
+            self._window = 2 * max(self._slots, sum(self._client.nthreads().values()))
+            self._window_until = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+
     def _prepare(self) -> None:
-        """Puts the stages on the cluster and runs ``setup_on_node`` once per host."""
-        for i, stage in enumerate(self._stages):
-            name = f"{stage.name}-stage-{i}-{self._run}"
-            self._blobs.append(
-                self._client.submit(hold, cloudpickle.dumps(stage), key=name, priority=_URGENT, pure=False)
-            )
+        """Puts the stages on the cluster and runs ``setup_on_node`` once per host; late hosts do it themselves."""
         hosts: dict[str, str] = {}
         for address, worker in self._client.scheduler_info()["workers"].items():
             hosts.setdefault(worker["host"], address)
+        for i, stage in enumerate(self._stages):
+            name = f"{stage.name}-stage-{i}-{self._run}"
+            parts = cloudpickle.dumps(stage), frozenset(hosts)
+            self._blobs.append(self._client.submit(hold, *parts, key=name, priority=_URGENT, pure=False))
         for stage, blob in zip(self._stages, self._blobs, strict=True):
             if type(stage).setup_on_node is ProcessingStage.setup_on_node:
                 continue
@@ -189,6 +200,7 @@ class Flow:
 
     def _dispatch(self) -> bool:
         """Starts what may start; False when everything is finished."""
+        self._look_at_workers()
         self._form_batches()
         if self._suspects:
             # Dask blames every task that a lost worker had been given: run each alone before calling it guilty.

@@ -7,6 +7,7 @@ decided on the driver, in ``dask_flow``.
 import asyncio
 import pickle
 import threading
+from typing import Any
 
 import cloudpickle
 from nemo_curator.backends.base import NodeInfo, WorkerMetadata
@@ -15,6 +16,8 @@ from nemo_curator.tasks import Task
 
 from quadmix_plugin.errors import QuadmixError
 from quadmix_plugin.stage_adapter import StageAdapter
+
+Held = tuple[bytes, frozenset[str]]
 
 TOPIC = "quadmix-units"  # a Dask event per finished unit: (run, unit, shards of its outputs)
 
@@ -32,16 +35,19 @@ _ADAPTERS: dict[tuple[str, int], _Adapter] = {}
 _ADAPTERS_LOCK = threading.Lock()
 
 
-def run_unit(place: tuple[str, int], name: str, blob: bytes, inputs: list[list[Task]]) -> list[Task]:
+def run_unit(place: tuple[str, int], name: str, held: Held, inputs: list[list[Task]]) -> list[Task]:
     """Runs a stage on its inputs and reports what came out; errors arrive on the driver as they are or flattened."""
     from distributed import get_worker
 
     worker = get_worker()
     try:
-        adapter = _adapter(place, blob)
+        adapter = _adapter(place, held[0])
         with adapter.lock:
             if not adapter.is_set_up:
-                adapter.setup(WorkerMetadata(worker_id=str(worker.name)))
+                metadata = WorkerMetadata(worker_id=str(worker.name))
+                if (host := _host(worker)) not in held[1]:  # a worker that came when the run was under way
+                    adapter.setup_on_node(NodeInfo(node_id=host), metadata)
+                adapter.setup(metadata)
                 adapter.is_set_up = True
             outputs = adapter.process_batch([task for part in inputs for task in part])
     except (Exception, SystemExit) as error:  # a stranger's stage
@@ -76,15 +82,18 @@ def _flattened(error: BaseException) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def set_up_node(blob: bytes) -> None:
+def _host(worker: Any) -> str:
+    return worker.address.rpartition("://")[2].rpartition(":")[0]
+
+
+def set_up_node(held: Held) -> None:
     """Calls ``setup_on_node`` of a stage, for the host of this worker."""
     from distributed import get_worker
 
     worker = get_worker()
-    host = worker.address.rpartition("://")[2].rpartition(":")[0]
     try:
-        stage = cloudpickle.loads(blob)
-        StageAdapter(stage).setup_on_node(NodeInfo(node_id=host), WorkerMetadata(worker_id=str(worker.name)))
+        metadata = WorkerMetadata(worker_id=str(worker.name))
+        StageAdapter(cloudpickle.loads(held[0])).setup_on_node(NodeInfo(node_id=_host(worker)), metadata)
     except (Exception, SystemExit) as error:  # a stranger's stage
         if _is_portable(error):
             raise
@@ -110,9 +119,12 @@ def _tear_down_adapters(run: str) -> list[str]:
     return messages
 
 
-def hold(blob: bytes) -> bytes:
-    """The pickled stage as a task of its own: each worker fetches it once, and Dask can make it again."""
-    return blob
+def hold(blob: bytes, hosts: frozenset[str]) -> Held:
+    """The pickled stage as a task of its own: each worker fetches it once, and Dask can make it again.
+
+    ``hosts`` are those on which ``setup_on_node`` is run before the first unit.
+    """
+    return blob, hosts
 
 
 def pick(outputs: list[Task], i: int) -> list[Task]:

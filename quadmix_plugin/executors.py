@@ -9,20 +9,17 @@ import contextlib
 import difflib
 import inspect
 import logging
-import multiprocessing
-import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
 from nemo_curator.backends.base import BaseExecutor, NodeInfo, WorkerMetadata
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import EmptyTask, Task
 
+from quadmix_plugin.dask_cluster import OwnCluster, Scheduler, Tls, dashboard
 from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_error
 from quadmix_plugin.dask_worker import shard_of
 from quadmix_plugin.errors import QuadmixError, RecipeError
@@ -34,20 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Worker processes are the parallelism, so libraries get one thread each (tokenizers their share of the cores). glibc's
-# default thresholds return large arrays to the system after every use: torch trains at little more than half the speed
-# then.
-_WORKER_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "NUMEXPR_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 29),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 29),
-    "LOGURU_LEVEL": "WARNING",
-}
-_GUARD = 'put the script under `if __name__ == "__main__":`'
+_GPU_REMEDY = 'use device: cpu, the inline executor, or workers with resources {"GPU": 1} (worker_resources)'
 _RAY_ONLY = ("is_raft_actor", "is_lsh_stage", "is_shuffle_stage")
 _ID_OPTIONS = ("_generate_ids", "_assign_ids", "generate_ids", "assign_id", "use_id_generator")
 
@@ -108,44 +92,82 @@ class DaskExecutor(BaseExecutor):
     lost worker process is, ``lost_worker_retries`` times.
 
     Args:
-        n_workers: worker processes; one per core by default.
+        n_workers: worker processes; by default one per core, or per GPU with ``gpu_workers``.
+        max_workers: Dask starts further workers, up to so many, while there is work for them, and ends them after.
         threads_per_worker: how many different stages one worker may run at a time.
         memory_limit: bytes (or "4GiB") per worker; "auto" shares the machine's memory.
-        address: an existing scheduler, for instance "tcp://127.0.0.1:8786".
+        gpu_workers: one worker per GPU, by dask-cuda's LocalCUDACluster.
+        rmm_pool_size: of each GPU worker, for cupy: bytes, a size or a share of its memory; None has no pool.
+        protocol: "ucx" or "tcp" between GPU workers.
+        address: an existing scheduler: "tls://host:8786", or "tcp://127.0.0.1:8786" on this machine.
+        scheduler_file: the file that an existing scheduler wrote, in place of its address.
+        tls_ca, tls_cert, tls_key: PEM files for a ``tls`` address; Dask's own configuration by default.
         client: a connected client; it is left open.
         worker_env: environment of the worker processes, over the defaults.
         worker_resources: what each worker offers, for instance {"GPU": 1}.
-        lost_worker_retries: how often a unit of work may lose its worker process.
+        lost_worker_retries: how often a unit of work may lose its worker process; an existing scheduler has its own
+            setting (``distributed.scheduler.allowed-failures``).
+
+    Raises:
+        RecipeError: options that do not go together, a certificate that cannot be read, an address off loopback
+            without TLS.
     """
 
     def __init__(
         self,
         n_workers: int | None = None,
+        max_workers: int | None = None,
         threads_per_worker: int = 1,
         memory_limit: str | int | float = "auto",
+        gpu_workers: bool = False,
+        rmm_pool_size: str | int | float | None = None,
+        protocol: str = "tcp",
         address: str | None = None,
+        scheduler_file: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
         client: "Client | None" = None,
         worker_env: Mapping[str, Any] | None = None,
         worker_resources: Mapping[str, float] | None = None,
         lost_worker_retries: int = 3,
     ) -> None:
         super().__init__()
-        existing = "address" if address else "client" if client is not None else ""
-        own = {"n_workers": n_workers, "worker_env": worker_env, "worker_resources": worker_resources}
+        existing = "address" if address else "scheduler_file" if scheduler_file else "client" if client else ""
+        own = {
+            "n_workers": n_workers,
+            "max_workers": max_workers,
+            "gpu_workers": gpu_workers or None,
+            "rmm_pool_size": rmm_pool_size,
+            "worker_env": worker_env,
+            "worker_resources": worker_resources,
+        }
         for key, value in own.items():
             if existing and value is not None:
                 raise RecipeError(f"executor.{key}: the workers behind {existing!r} are there already; leave it out")
-        if address and client is not None:
+        if client is not None and (address or scheduler_file):
             raise RecipeError("executor.address: a client is given too; leave one of them out")
         if (n_workers is not None and n_workers < 1) or threads_per_worker < 1 or lost_worker_retries < 0:
             raise RecipeError("executor: n_workers and threads_per_worker are at least 1, lost_worker_retries 0")
         self.on_progress: Progress | None = None
-        self._n_workers, self._threads, self._memory_limit = n_workers, threads_per_worker, memory_limit
-        self._address, self._given_client, self._retries = address, client, lost_worker_retries
-        self._given_env = {key: str(value) for key, value in (worker_env or {}).items()}
-        self._env = {**_WORKER_ENV, **self._given_env}
-        self._resources = dict(worker_resources or {})
-        self._is_own = not existing
+        tls = Tls(tls_ca, tls_cert, tls_key)
+        self._place: OwnCluster | Scheduler | None = None
+        if address or scheduler_file:
+            self._place = Scheduler(address, scheduler_file, tls)
+        elif client is None:
+            self._place = OwnCluster(
+                n_workers,
+                max_workers,
+                threads_per_worker,
+                memory_limit,
+                {key: str(value) for key, value in (worker_env or {}).items()},
+                dict(worker_resources or ({"GPU": 1} if gpu_workers else {})),
+                lost_worker_retries,
+                gpu_workers,
+                rmm_pool_size,
+                protocol,
+            )
+        self._given_client = client
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too
         self._open = contextlib.ExitStack()
 
@@ -160,20 +182,20 @@ class DaskExecutor(BaseExecutor):
         """
         tasks = [EmptyTask()] if initial_tasks is None else initial_tasks
         refuse_ray_only(stages, "Dask")
-        if self._is_own:
-            self._refuse_missing_gpus(stages, self._resources.get("GPU", 0))
+        own = self._place if isinstance(self._place, OwnCluster) else None
+        if own:
+            _refuse_missing_gpus(stages, own.resources.get("GPU", 0), _GPU_REMEDY)
         flow = None
         with _sigterm_as_exit():
             try:
                 client = self._connect()
                 offers = client.scheduler_info()["workers"].values()
-                self._refuse_missing_gpus(
-                    stages, max((worker["resources"].get("GPU", 0) for worker in offers), default=0)
-                )
-                flow = Flow(client, stages, 2 * sum(client.nthreads().values()), self.on_progress)
+                offered = max((worker["resources"].get("GPU", 0) for worker in offers), default=0)
+                _refuse_missing_gpus(stages, offered, _GPU_REMEDY)
+                flow = Flow(client, stages, self.on_progress, own.most_threads if own else 1)
                 return flow.run(tasks)
             except BaseException as error:
-                if flow is not None and not self._is_own and isinstance(error, Exception):
+                if flow is not None and not own and isinstance(error, Exception):
                     flow.abandon()
                 try:
                     self.close()
@@ -193,82 +215,14 @@ class DaskExecutor(BaseExecutor):
         self.close()
 
     def _connect(self) -> Any:
-        from distributed import Client
-
-        if self._client is None:
-            if getattr(multiprocessing.current_process(), "_inheriting", False):
-                raise QuadmixError(f"executor: a worker process runs the script again; {_GUARD}")
-            try:
-                target = self._address or self._open.enter_context(self._start())
-                self._client = self._open.enter_context(Client(target, set_as_default=False))
-            except (OSError, RuntimeError, TimeoutError) as error:
-                if self._address:
-                    what = f"no Dask scheduler at {self._address} ({error}); check the address"
-                else:
-                    what = f"the Dask workers did not start ({error}); {_GUARD}"
-                raise QuadmixError(f"executor: {what}") from error
-            logger.info("Dask dashboard: %s", self._client.dashboard_link)
+        if self._place is not None and self._client is None:
+            self._client = self._open.enter_context(self._place.client())
+            logger.info("Dask dashboard: %s", dashboard(self._client))
         try:
             self._client.wait_for_workers(1, timeout=60)
         except TimeoutError as error:
             raise QuadmixError("executor: the Dask scheduler has no workers after 60 s; start some") from error
         return self._client
-
-    @contextlib.contextmanager
-    def _start(self) -> "Iterator[Any]":
-        """A cluster of worker processes on this machine, reachable from this machine only."""
-        from dask import config as dask_config
-        from dask.system import CPU_COUNT
-        from distributed import LocalCluster
-
-        n_workers = self._n_workers or CPU_COUNT
-        env = dict(self._env)
-        if n_workers < CPU_COUNT:  # a GPU's one worker must not wait for its tokenizer
-            env |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(CPU_COUNT // n_workers)}
-            env |= self._given_env
-        config = {
-            "distributed.nanny.pre-spawn-environ": env,
-            "distributed.scheduler.allowed-failures": self._retries,
-        }
-        # A worker's environment passes through this process' own (Dask starts workers that way): put it back.
-        before = {key: os.environ.get(key) for key in (*env, "PYTHONHASHSEED")}
-        scratch = tempfile.TemporaryDirectory(prefix="quadmix-dask-", ignore_cleanup_errors=True)
-        try:
-            with scratch, dask_config.set(config), contextlib.ExitStack() as stack:
-                with _sigint_blocked():
-                    cluster = LocalCluster(
-                        n_workers=n_workers,
-                        threads_per_worker=self._threads,
-                        memory_limit=self._memory_limit,
-                        host="127.0.0.1",
-                        dashboard_address="127.0.0.1:0",
-                        local_directory=scratch.name,
-                        resources=self._resources,
-                    )
-                stack.enter_context(_killed_if_late(cluster))
-                yield stack.enter_context(cluster)
-        finally:
-            for key, value in before.items():
-                if value is None:
-                    os.environ.pop(key, None)
-                else:
-                    os.environ[key] = value
-
-    def _refuse_missing_gpus(self, stages: Sequence[ProcessingStage], offered: float) -> None:
-        remedy = 'use device: cpu, the inline executor, or workers with resources {"GPU": 1} (worker_resources)'
-        _refuse_missing_gpus(stages, offered, remedy)
-
-
-@contextlib.contextmanager
-def _killed_if_late(cluster: Any) -> "Iterator[None]":
-    """Kills a cluster's workers that do not end in time, on a machine with much else to do: their work is written."""
-    try:
-        yield
-    except TimeoutError:
-        logger.info("the Dask workers did not end in time and are killed")
-        for nanny in cluster.workers.values():
-            with contextlib.suppress(AttributeError, ProcessLookupError, TypeError):  # one that has ended
-                os.kill(nanny.process.process.pid, signal.SIGKILL)
 
 
 def refuse_ray_only(stages: Sequence[ProcessingStage], where: str) -> None:
@@ -331,17 +285,6 @@ def _refuse_missing_gpus(stages: Sequence[ProcessingStage], offered: float, reme
         needed = stage.resources.gpus
         if stage.resources.requires_gpu and needed > offered:
             raise QuadmixError(f"stage {stage.name!r}: needs {needed:g} GPU, {offered:g} offered; {remedy}")
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Processes and threads started here never see SIGINT: Ctrl-C in a terminal is for the driver alone to handle."""
-    resource_tracker.ensure_running()  # started later, it would unblock the signal in the thread that starts workers
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

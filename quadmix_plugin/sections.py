@@ -14,6 +14,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Options = dict[str, Any]
 
+_SIZE = r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B?$"
 _FIRST_ROUND = 8  # proxies, as many as a search needs in all
 
 
@@ -344,9 +345,31 @@ class Executor(Section):
 
     name: Literal["inline", "dask", "ray_data", "xenna"] = "dask"
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes; None: one per core."""
+    """Worker processes; None: one per core, or one per GPU."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Dask starts further workers, up to so many, while there is work for them."""
     address: str | None = None
-    """An existing Dask scheduler."""
-    memory_limit: str = Field(default="auto", pattern=r"^(auto|[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B?)$")
+    """An existing Dask scheduler: tls://host:port, or tcp:// on this machine."""
+    scheduler_file: str | None = None
+    """The file that an existing Dask scheduler wrote, in place of its address."""
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    """PEM files for TLS with an existing scheduler; None: as Dask's own configuration says."""
+    rmm_pool_size: Annotated[str, Field(pattern=_SIZE)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of each GPU worker, for cupy: a size such as 20GB, or a share of its memory; None: no pool."""
+    protocol: Literal["tcp", "ucx"] = "tcp"
+    """Between GPU workers."""
+    memory_limit: str = Field(default="auto", pattern=rf"^auto$|{_SIZE}")
     """Of each Dask worker: ``auto`` shares the machine's memory; or a size such as 4GiB."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Executor":
+        given = [key for key in ("address", "scheduler_file") if getattr(self, key) is not None]
+        if len(given) == 2:
+            raise ValueError("address and scheduler_file are both given; leave one of them out")
+        for key in ("workers", "max_workers", "rmm_pool_size") if given else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} is given, and the workers behind {given[0]} are there already; leave it out")
+        return self

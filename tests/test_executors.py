@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pandas as pd
@@ -316,6 +317,7 @@ def test_a_lost_worker_costs_nothing_but_time(corpus, dask_executor, tmp_path):
 def test_a_shard_that_kills_its_workers_is_named_and_the_executor_goes_on(corpus):
     names = ("OMP_NUM_THREADS", "QUADMIX_TEST")
     before = {name: os.environ.get(name) for name in names}
+    resource_tracker.ensure_running()  # Python's own, which stays
     children = set(psutil.Process().children(recursive=True))
     with DaskExecutor(n_workers=2, lost_worker_retries=0, worker_env={"QUADMIX_TEST": 1}) as executor:
         with pytest.raises(QuadmixError, match=r"^stage 'fail', shard part-2: the worker process was lost 2 times"):
