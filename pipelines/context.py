@@ -23,6 +23,7 @@ from nemo_curator.backends.base import BaseExecutor
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
+from quadmix_plugin.atomic import sha256_file
 from quadmix_plugin.config import Recipe, differing_keys, dump_recipe, scheduler_of, scorer_plugin
 from quadmix_plugin.corpus import CorpusFile, list_files
 from quadmix_plugin.domain_summary import DomainSummary
@@ -31,11 +32,13 @@ from quadmix_plugin.models import choose_device
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.schema import DOC_ID, DOMAIN, TOKENS, ScoreTable, normalised_column, score_column
 from quadmix_plugin.sections import Executor
-from quadmix_plugin.store import RunDirectory, Step, atomic_path, content_key, sha256_file
+from quadmix_plugin.store import RunDirectory, Step, content_key
 
 logger = logging.getLogger(__name__)
 
 STEPS = ("label", "normalise", "proxies", "search", "select", "export", "pretrain", "evaluate", "compare", "report")
+
+RECIPE = "recipe.yaml"
 
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "label": ("tokenizer", "domain", "scorers", "invalid_scores"),
@@ -178,7 +181,7 @@ class Run:
         step = self.step(name)
         if not step.is_done:
             command = "label" if name == "normalise" else name
-            raise QuadmixError(f"{self.directory.root}: step {name!r} is not finished; run `quadmix {command}` first")
+            raise QuadmixError(f"{self.directory.place}: step {name!r} is not finished; run `quadmix {command}` first")
         return step
 
     def seed_for(self, purpose: str) -> int:
@@ -244,8 +247,7 @@ def open_run(
         if progress is not None:
             run.progress = progress
         refuse_other_recipe(run)
-        with atomic_path(directory.root / "recipe.yaml") as temporary:
-            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        directory.write_text(RECIPE, dump_recipe(recipe))
         try:
             yield run
         finally:
@@ -348,8 +350,7 @@ def refuse_other_recipe(run: Run) -> None:
     stale = [name for name in STEPS if _has_other_key(run, name)]
     if not stale:
         return
-    recorded = run.directory.root / "recipe.yaml"
-    old = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
+    old = yaml.safe_load(run.directory.read_text(RECIPE) or "{}")
     lines = [
         line
         for line in differing_keys(old or {}, run.recipe.model_dump(mode="json"))
@@ -362,10 +363,10 @@ def refuse_other_recipe(run: Run) -> None:
         or "the files that the recipe names, or the versions of other packages' plug-ins, have changed since"
     )
     made = [name for name in STEPS[STEPS.index(stale[0]) :] if run.directory.recorded_keys(name)]
-    folders = " ".join(str(run.directory.root / "manifest" / name) for name in made)
+    folders = " ".join(f"{run.directory.place}/manifest/{name}" for name in made)
     raise RecipeError(
-        f"{run.directory.root}: the step {stale[0]!r} there was made from other settings ({what}); give another --out, "
-        f"or make it anew after: rm -r {folders}"
+        f"{run.directory.place}: the step {stale[0]!r} there was made from other settings ({what}); give another "
+        f"--out, or make it anew after: rm -r {folders}"
     )
 
 

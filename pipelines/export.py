@@ -29,7 +29,7 @@ from quadmix_plugin.schema import (
 )
 from quadmix_plugin.stages import ExportTokens, GatherTokens, ReadShards, WriteShards
 from quadmix_plugin.stages.corpus_passes import ReadColumns
-from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
+from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, readable_pair, vocabulary_of
 from quadmix_plugin.stages.shards import shard_tasks
 from quadmix_plugin.store import Step
 from quadmix_plugin.training_data import shard_facts
@@ -120,7 +120,7 @@ def exported(run: Run, step: Step, folder: str = TOKEN_FOLDER) -> TokenFiles:
 
 def validation_prefix(run: Run) -> str:
     """The absolute path, without ``.bin``, of the validation rows as token files."""
-    return str(run.require("export").read_path(f"{VALIDATION}.idx").with_suffix(""))
+    return readable_pair(run.require("export"), VALIDATION)
 
 
 def has_whole_pool(run: Run) -> bool:
@@ -134,7 +134,9 @@ def _rows(run: Run, selection: Step, folder: str) -> dict[str, int]:
     for shard in run.label_shards:
         path = f"{folder}/{shard}.parquet"
         if (entry := selection.entry(path)) is None:
-            raise QuadmixError(f"{selection.path(path)}: not there, or changed since; run the step {selection.name!r}")
+            raise QuadmixError(
+                f"{selection.place}/{path}: not there, or changed since; run the step {selection.name!r}"
+            )
         found[shard] = int(entry.facts["rows"])
     return found
 
@@ -146,7 +148,7 @@ def _parts(run: Run, step: Step, folder: str) -> list[tuple[str, dict[str, int]]
         prefix = f"{folder}/{_STEM}{shard}"
         facts = shard_facts(step, prefix)
         if facts is None:
-            raise QuadmixError(f"{step.path(prefix)}: not there, or not from this recipe; run the step {step.name!r}")
+            raise QuadmixError(f"{step.place}/{prefix}: not there, or not from this recipe; run the step {step.name!r}")
         parts.append((prefix, facts))
     return parts
 

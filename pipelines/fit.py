@@ -21,6 +21,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin import registry
+from quadmix_plugin.atomic import atomic_path, write_json
 from quadmix_plugin.errors import InputError, UsageError
 from quadmix_plugin.pipelines.fit_gain import Judged, gain
 from quadmix_plugin.search.evaluation import Metrics, bootstrap_intervals, cross_validate
@@ -41,7 +42,7 @@ from quadmix_plugin.search.tables import (
     require_same_corpus,
     require_unseen,
 )
-from quadmix_plugin.store import atomic_path, write_json
+from quadmix_plugin.strict_yaml import read_value
 
 if TYPE_CHECKING:
     from quadmix_plugin.figures import Drawing
@@ -345,7 +346,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = read_value(value)
         except yaml.YAMLError:
             equals = ""
         if not (key and equals):

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from quadmix_plugin.atomic import atomic_path
 from quadmix_plugin.corpus import CorpusFile, list_files, read_json_lines
+from quadmix_plugin.credentials import refuse_credentials
 from quadmix_plugin.errors import InputError, UsageError
-from quadmix_plugin.store import atomic_path
 
 _ID_NAMES = ("doc_id", "id", "document_id", "uuid", "uid")
 _TEXT_NAMES = ("text", "content", "raw_content", "document", "body")
@@ -29,10 +30,12 @@ def write_starter(
     Raises:
         UsageError: there is a recipe already.
         InputError: the corpus or validation files cannot be read.
+        RecipeError: an address with credentials in it.
     """
     path = folder / "recipe.yaml"
     if path.exists():
         raise UsageError(f"{path}: there already; give another folder")
+    refuse_credentials({"corpus": corpus, "validation": validation, "models": models}, "quadmix init")
     notes: list[str] = []
     values: dict[str, str | float | None] = {
         "corpus_path": _absolute(corpus) or "data/corpus.parquet",

@@ -28,10 +28,10 @@ class LowestLoss:
 
     def __call__(self, stage: str, done: int, total: int | None, /, note: str = "") -> None:
         """Passes progress on, with the proxy of the lowest loss, the tasks weighed as in the objective."""
-        written = {path.name for path in (self._step.root / PARTS).glob("*.json")}
-        for name in written & self._open.keys():
-            if self._step.entry(PARTS + name) is not None:
-                self._read(self._open.pop(name))
+        names = {PARTS + name: name for name in self._open}
+        for place in self._step.place.sizes(names):
+            if self._step.entry(place) is not None:
+                self._read(self._open.pop(names[place]))
         said = f"lowest loss {self._lowest[0]:.3f} (proxy {self._lowest[1]})" if self._lowest else note
         self._run.progress(stage, done, total, ", ".join(part for part in (self._name, said) if part))
 

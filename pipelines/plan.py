@@ -18,6 +18,7 @@ from quadmix_plugin.pipelines.label import columns_read, label_stages
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.proxy_data import tokenised_rows
 from quadmix_plugin.pipelines.proxy_work import number_of_baselines
+from quadmix_plugin.pipelines.report import REPORT
 from quadmix_plugin.proxy.parts import PARTS
 from quadmix_plugin.proxy.trial import measure, trial_options
 from quadmix_plugin.proxy.validation import validation_sets
@@ -31,19 +32,19 @@ _H200_FLOPS = 990e12 * 0.4
 _BYTES_PER_TOKEN = 4.0
 
 
-def make_plan(recipe: Recipe, out: Path, trial: bool = True) -> dict[str, Any]:
+def make_plan(recipe: Recipe, out: str | Path, trial: bool = True) -> dict[str, Any]:
     """Quantities, and one row per step: its state and its work; ``trial`` measures the cost of training here.
 
     Raises:
         InputError: a corpus or validation rows that a run would refuse.
         RecipeError: settings that a run would refuse, those of another recipe in ``out`` among them.
     """
-    run = Run(recipe, RunDirectory(out), lambda: executor_of(recipe))
+    run = Run(recipe, RunDirectory.at(out), lambda: executor_of(recipe))
     refuse_other_recipe(run)
     check_before_work(run, run.steps, fetch=False)
     labelled = run.step("label").is_done and run.step("normalise").is_done
-    documents = run.table.n if labelled else _documents(run)
-    tokens = int(run.table.tokens.sum()) if labelled else _estimated_tokens(run)
+    documents = int(run.summary.documents.sum()) if labelled else _documents(run)
+    tokens = int(run.summary.tokens.sum()) if labelled else _estimated_tokens(run)
     runs = (len(recipe.compare.selectors) + 1) * len(recipe.pretrain.seeds)
     proxies, which = _proxies(recipe) if "proxies" in run.steps else (0, "none; select.theta is given")
     work = _work(run, documents, proxies, runs)
@@ -113,7 +114,7 @@ def _state(run: Run, name: str) -> str:
         other = {"compare": "for other selectors", "evaluate": "for other tasks"}
         return f"done {other.get(name, 'without the text')}"
     if name == "report":
-        return "done" if (run.directory.root / "report.html").exists() else "to do"
+        return "done" if run.directory.place.sizes([REPORT]) else "to do"
     if step.is_done:
         return "done"
     made = len(step.entries())

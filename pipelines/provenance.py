@@ -5,8 +5,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from quadmix_plugin.atomic import json_text
 from quadmix_plugin.pipelines.context import STEPS, Run
-from quadmix_plugin.store import write_json
 
 _PACKAGES = (
     "quadmix-plugin",
@@ -39,7 +39,7 @@ def provenance(run: Run) -> dict[str, Any]:
 
 def write_provenance(run: Run) -> None:
     """Writes ``provenance.json`` of the run as it stands."""
-    write_json(run.directory.root / "provenance.json", provenance(run))
+    run.directory.write_text("provenance.json", json_text(provenance(run)))
 
 
 def _version(name: str) -> str:

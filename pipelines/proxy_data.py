@@ -16,7 +16,7 @@ from quadmix_plugin.proxy.pool import TokenPool
 from quadmix_plugin.proxy.training import tokens_per_batch
 from quadmix_plugin.proxy.validation import choose_rows, read_rows, tokenise_rows
 from quadmix_plugin.stages import ExportTokens
-from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, vocabulary_of
+from quadmix_plugin.stages.export_tokens import end_of_document, pair_entry, readable_pair, vocabulary_of
 from quadmix_plugin.store import Step
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def write_pool(run: Run, step: Step, below: float = 1.0, folder: str = POOL) -> 
 def pool_prefixes(run: Run, step: Step | None = None, folder: str = POOL) -> list[str]:
     """A pool's pairs in the order of the score table: by default that of the proxies."""
     step = step or run.step("proxies")
-    return [str(step.read_path(f"{folder}/{shard}.idx").with_suffix("")) for shard in run.label_shards]
+    return [readable_pair(step, f"{folder}/{shard}") for shard in run.label_shards]
 
 
 def require_pool(run: Run, prefixes: list[str], vocabulary: int) -> None:

@@ -23,8 +23,10 @@ from quadmix_plugin.report import (
     render,
 )
 from quadmix_plugin.search.gain import weighted
-from quadmix_plugin.store import Step, atomic_path, content_key
+from quadmix_plugin.store import Step, content_key
 from quadmix_plugin.verdict import OBJECTIVE, Verdict, judge
+
+REPORT = "report.html"
 
 _BINS = 40
 _RANK_ERROR = 0.01
@@ -48,8 +50,7 @@ def report(run: Run) -> None:
         **_models(run, done),
     )
     page = render(data)
-    with atomic_path(run.directory.root / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    run.directory.write_text(REPORT, page)
 
 
 def verdict(run: Run) -> Verdict | None:

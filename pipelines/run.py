@@ -11,7 +11,7 @@ from quadmix_plugin.pipelines.context import STEPS, Run
 from quadmix_plugin.pipelines.done import step_is_done
 from quadmix_plugin.pipelines.preflight import check_before_work
 from quadmix_plugin.pipelines.provenance import write_provenance
-from quadmix_plugin.pipelines.report import verdict
+from quadmix_plugin.pipelines.report import REPORT, verdict
 
 
 def steps_until(last: str | None) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def run_steps(run: Run, steps: Sequence[str] = STEPS) -> dict[str, Any]:
         "seconds": seconds,
         "headlines": headlines,
         "verdict": None if found is None else f"{found.headline} {found.numbers}".strip(),
-        "report": str(run.directory.root / "report.html") if "report" in steps else None,
+        "report": f"{run.directory.place}/{REPORT}" if "report" in steps else None,
     }
 
 

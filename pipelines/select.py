@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quadmix_plugin.budget import expected_tokens, scale_to_budget
 from quadmix_plugin.errors import InputError, RecipeError
+from quadmix_plugin.labelled_corpus import domain_ids
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.rank import FitRankMap, widened
@@ -56,13 +57,13 @@ def select(run: Run) -> None:
     step.write_table("selection/rank_map.parquet", ranks.to_table())
     _sample(run, step, theta)
     totals = merge_counts(e.facts for e in step.entries() if "rows_in" in e.facts)
-    copies = selected_copies(run)
-    if not copies.any():
+    facts = selected_sizes(run)
+    if not facts["documents"]:
         raise InputError(
             "select: no document is selected; the best document of every domain exceeds its ω (widen space.omega_max, "
             "set rank.ties: mid, or merge small domains)"
         )
-    facts, expected = sizes(run.table, copies), _expected(run, theta, ranks)
+    expected = _expected(run, theta, ranks)
     step.write_json("selection/summary.json", {"scaling": scaling, "expected": expected, "selection": facts})
     step.finish(**totals, seconds=round(time.monotonic() - started, 2), headline=_headline(facts, scaling))
 
@@ -74,18 +75,37 @@ def selected_copies(run: Run) -> NDArray[np.int32]:
     return copies_by_row(run.table, pa.concat_tables(parts))
 
 
+def selected_sizes(run: Run) -> dict[str, Any]:
+    """What ``sizes`` says of θ*'s selection, a shard at a time, so that no one holds a number per document."""
+    step, domains = run.step("select"), run.summary.domains
+    sums, by_domain = np.zeros(4, dtype=np.int64), np.zeros(len(domains), dtype=np.int64)
+    for shard in run.label_shards:
+        rows = step.read_table(f"selection/{shard}.parquet", [DOMAIN, TOKENS, COPIES])
+        copies, tokens = rows[COPIES].to_numpy(), rows[TOKENS].to_numpy()
+        sums += [copies.size, copies.sum(), tokens.sum(), (tokens * copies).sum()]
+        np.add.at(by_domain, domain_ids(rows, domains), tokens * copies)
+    return _sizes(domains, by_domain, *sums.tolist())
+
+
 def sizes(table: ScoreTable, copies: NDArray[np.int32]) -> dict[str, Any]:
     """How large a selection is: documents, copies, tokens with and without copies, epochs, tokens of each domain."""
     taken, tokens = copies > 0, table.tokens * copies
-    unique, by_domain = int(table.tokens[taken].sum()), np.zeros(len(table.domains), dtype=np.int64)
+    by_domain = np.zeros(len(table.domains), dtype=np.int64)
     np.add.at(by_domain, table.domain_ids, tokens)
+    sums = (taken.sum(), copies.sum(), table.tokens[taken].sum(), tokens.sum())
+    return _sizes(table.domains, by_domain, *map(int, sums))
+
+
+def _sizes(
+    domains: tuple[str, ...], by_domain: NDArray[np.int64], documents: int, copies: int, unique: int, tokens: int
+) -> dict[str, Any]:
     return {
-        "documents": int(taken.sum()),
-        "copies": int(copies.sum()),
+        "documents": documents,
+        "copies": copies,
         "unique_tokens": unique,
-        "tokens": int(tokens.sum()),
-        "epochs": float(tokens.sum() / unique) if unique else 0.0,
-        "domain_tokens": dict(zip(table.domains, by_domain.tolist(), strict=True)),
+        "tokens": tokens,
+        "epochs": tokens / unique if unique else 0.0,
+        "domain_tokens": dict(zip(domains, by_domain.tolist(), strict=True)),
     }
 
 

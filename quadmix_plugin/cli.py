@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 74 storage, 78 recipe error, 130 and 143 
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,9 @@ from rich.table import Table
 from quadmix_plugin import cli_tools
 from quadmix_plugin.cli_tools import AsJson, Verbose
 from quadmix_plugin.errors import QuadmixError
-from quadmix_plugin.terminal import quiet_libraries, show_progress, stderr, stdout
+from quadmix_plugin.terminal import printable, quiet_libraries, show_progress, stderr, stdout
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="quadmix",
@@ -30,7 +33,10 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/NAME.", show_default=False)]
+Out = Annotated[
+    str | None,
+    typer.Option("--out", help="Run directory, or s3://bucket/prefix; default runs/NAME.", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -68,7 +74,25 @@ class _StoppedError(BaseException):
 def _stop(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the clean-up of the first, which may hang
         signal.signal(each, lambda number, frame: os._exit(128 + number))
+    sys.unraisablehook = _raise_again
     raise _StoppedError(number)
+
+
+def _raise_again(swallowed: "sys.UnraisableHookArgs") -> None:
+    """Python drops what is raised in a callback of its garbage collector, where a signal may have come: once more.
+
+    A callback that was broken off complains from then on, which is of no use to the user.
+    """
+    stop = swallowed.exc_value
+    if not isinstance(stop, _StoppedError):
+        logger.debug("ignored while stopping: %r", stop)
+        return
+
+    def stop_now(number: int, frame: object) -> None:
+        raise stop
+
+    signal.signal(signal.SIGALRM, stop_now)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
@@ -117,10 +141,14 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Runs every step of a recipe, from text to a chosen data set; what is already there is not done again."""
-    quiet_libraries(verbose)
-    from quadmix_plugin.pipelines.run import run_steps, steps_until
 
-    _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps_until(until)))
+    def work(opened: Any) -> dict[str, Any]:
+        from quadmix_plugin.pipelines.run import run_steps, steps_until
+
+        return run_steps(opened, steps_until(until))
+
+    quiet_libraries(verbose)
+    _run_steps(recipe, out, set_, executor, as_json, work)
 
 
 def _step_command(name: str, steps: tuple[str, ...], text: str) -> None:
@@ -133,9 +161,7 @@ def _step_command(name: str, steps: tuple[str, ...], text: str) -> None:
         verbose: Verbose = False,
     ) -> None:
         quiet_libraries(verbose)
-        from quadmix_plugin.pipelines.run import run_steps
-
-        _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, steps))
+        _run_steps(recipe, out, set_, executor, as_json, lambda opened: _these_steps(opened, steps))
 
     command.__doc__ = text
     app.command(name, rich_help_panel="One step of it")(command)
@@ -163,12 +189,13 @@ def search_command(
     verbose: Verbose = False,
 ) -> None:
     """Fits a regressor from parameters to losses, finds θ*, and says what gain to expect of it."""
-    quiet_libraries(verbose)
-    from quadmix_plugin.pipelines.run import run_ablation, run_steps
 
     def work(opened: Any) -> dict[str, Any]:
-        return run_ablation(opened, exclude) if exclude else run_steps(opened, ("search",))
+        from quadmix_plugin.pipelines.run import run_ablation
 
+        return run_ablation(opened, exclude) if exclude else _these_steps(opened, ("search",))
+
+    quiet_libraries(verbose)
     _run_steps(recipe, out, set_, executor, as_json, work)
 
 
@@ -200,12 +227,11 @@ def pretrain_command(
     command of Megatron-LM's pretrain_gpt.py is written to pretrain/megatron_lm.sh.
     """
     quiet_libraries(verbose)
-    from quadmix_plugin.pipelines.run import run_steps
     from quadmix_plugin.pretraining.launch import LAUNCHER
 
     if launcher is not None:
         os.environ[LAUNCHER] = launcher
-    _run_steps(recipe, out, set_, executor, as_json, lambda opened: run_steps(opened, ("pretrain",)))
+    _run_steps(recipe, out, set_, executor, as_json, lambda opened: _these_steps(opened, ("pretrain",)))
 
 
 _step_command("evaluate", ("evaluate",), "Benchmarks of the trained models by lm-evaluation-harness (evaluate.tasks).")
@@ -225,15 +251,19 @@ def compare(
 
     Steps that it needs and that are not done are done first; a selector that is added later is all that runs then.
     """
-    quiet_libraries(verbose)
-    from quadmix_plugin.pipelines.run import run_comparison
 
-    summary = _run_steps(recipe, out, set_, executor, as_json, run_comparison)
+    def work(opened: Any) -> dict[str, Any]:
+        from quadmix_plugin.pipelines.run import run_comparison
+
+        return run_comparison(opened)
+
+    quiet_libraries(verbose)
+    summary = _run_steps(recipe, out, set_, executor, as_json, work)
     if not as_json:
         from rich.markdown import Markdown
 
         losses, legend, *_ = summary["markdown"].split("\n\n")
-        stdout.print(Markdown(f"{losses}\n\n{legend}"))
+        stdout.print(Markdown(printable(f"{losses}\n\n{legend}")))
         stdout.print(f"sizes, overlaps, domains: {summary['table']} (and .csv, .json)", markup=False, highlight=False)
 
 
@@ -250,9 +280,9 @@ def plan(
 ) -> None:
     """Says what would run: documents, tokens, parameters, compute, disk, and what is already done."""
     quiet_libraries(verbose)
+    loaded = _load(recipe, set_, None)
     from quadmix_plugin.pipelines.plan import make_plan
 
-    loaded = _load(recipe, set_, None)
     made = make_plan(loaded, _out(loaded.name, out), trial)
     if as_json:
         print(json.dumps(made))
@@ -271,15 +301,15 @@ cli_tools.add_to(app)
 
 def _run_steps(
     recipe: Path,
-    out: Path | None,
+    out: str | None,
     overrides: list[str] | None,
     executor: str | None,
     as_json: bool,
     work: Callable[[Any], dict[str, Any]],
 ) -> dict[str, Any]:
-    from quadmix_plugin.pipelines.context import open_run
-
     loaded = _load(recipe, overrides, executor)
+    from quadmix_plugin.pipelines.context import open_run  # seconds of imports, which a faulty recipe need not wait for
+
     folder = _out(loaded.name, out)
     with show_progress(as_json) as progress, open_run(loaded, folder, progress=progress) as opened:
         summary = work(opened)
@@ -294,14 +324,21 @@ def _run_steps(
     return summary
 
 
+def _these_steps(opened: Any, steps: tuple[str, ...]) -> dict[str, Any]:
+    from quadmix_plugin.pipelines.run import run_steps
+
+    return run_steps(opened, steps)
+
+
 def _load(recipe: Path, overrides: list[str] | None, executor: str | None) -> Any:
     from quadmix_plugin.config import load_recipe
 
     return load_recipe(recipe, [*(overrides or []), *([f"executor.name={executor}"] if executor else [])])
 
 
-def _out(name: str, out: Path | None) -> Path:
-    return (out or Path("runs") / name).absolute()
+def _out(name: str, out: str | None) -> str:
+    place = out or str(Path("runs") / name)
+    return place if "://" in place else str(Path(place).absolute())
 
 
 if __name__ == "__main__":

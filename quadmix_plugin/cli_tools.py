@@ -72,15 +72,17 @@ def fit(
 
 
 def verify(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")], as_json: AsJson = False
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The --out of a run.")],
+    as_json: AsJson = False,
 ) -> None:
     """Re-reads every artifact of a run against its manifest; exit code 1 with the list of what is wrong."""
     from quadmix_plugin.errors import UsageError
     from quadmix_plugin.store import RunDirectory
 
-    if not (run_dir / "manifest").is_dir():
+    directory = RunDirectory.at(run_dir)
+    if not directory.step_names():
         raise UsageError(f"{run_dir}: not a run directory (no manifest/ in it); give the --out of a run")
-    checked, faults = RunDirectory(run_dir.absolute()).verify()
+    checked, faults = directory.verify()
     if as_json:
         print(json.dumps({"checked": checked, "faults": faults}))
     else:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from quadmix_plugin.atomic import storage_errors
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.store import storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,6 +23,8 @@ from quadmix_plugin.schema import require_unique
 PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 
+_LONGEST_LINE = 1 << 28  # characters; a small compressed file may hold a line that no memory does
+
 
 @dataclass(frozen=True)
 class CorpusFile:
@@ -125,12 +127,17 @@ def read_json_lines(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSON Lines file, blank lines skipped.
 
     Raises:
-        InputError: a line that is not a JSON object, or a file that cannot be decompressed or decoded.
+        InputError: a line that is not a JSON object or too long, or a file that cannot be decompressed or decoded.
     """
     line_number = 0
     try:
         with fsspec.open(file.path, "rt", compression="infer", encoding="utf-8") as stream:
-            for line_number, line in enumerate(stream, start=1):
+            lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), "")
+            for line_number, line in enumerate(lines, start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise InputError(
+                        f"{file.path}: line {line_number} has more than {_LONGEST_LINE:,} characters; cut the document"
+                    )
                 if line.strip():
                     yield line_number, _object(file, line_number, line)
     except UnicodeDecodeError as error:

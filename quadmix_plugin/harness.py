@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,13 @@ from typing import Any, cast
 
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.local_tasks import LocalTask, read_questions, task_config
+from quadmix_plugin.models import read_config, weight_files
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Tasks that the harness lacks."""
+
+TASK_CODE = "QUADMIX_TASK_CODE"
+"""Environment variable, 1 where tasks of ``task_folder`` may run code. A recipe cannot set it."""
 
 FIRST_CHOICE = ("acc_norm", "acc", "exact_match", "bits_per_byte")
 """The measure of a task is the first of these that it has, else its own first."""
@@ -52,7 +57,8 @@ class HarnessSettings:
         """Refuses names before any data is read.
 
         Raises:
-            InputError: the harness is not installed or has no such task, or a local task has the name of another.
+            InputError: the harness is not installed or has no such task, a local task has the name of another, or the
+                environment does not allow the code of ``task_folder``.
         """
         known = set(_manager(self.task_folder, self._content_of_folder).all_tasks)
         where = (
@@ -116,11 +122,13 @@ def evaluate_model(
     examples are drawn with ``seed``.
 
     Raises:
-        InputError: as ``HarnessSettings.check``.
+        InputError: as ``HarnessSettings.check``, ``models.read_config`` and ``models.weight_files``.
         QuadmixError: no model there, a task's data cannot be had, or it fails.
     """
     if not (Path(model) / "config.json").exists():
         raise QuadmixError(f"{model}: no model in Hugging Face's format there (no config.json); train it again")
+    read_config(Path(model))
+    weight_files(Path(model))  # the harness would load pickles and adapters
     loaded = _load(settings)
     try:
         with _quiet():
@@ -176,6 +184,11 @@ def measure_of(result: Result) -> str:
 @lru_cache(maxsize=2)
 def _manager(task_folder: str | None, content: str) -> Any:
     """The harness' task manager, which takes seconds to make, so a process makes one."""
+    if task_folder and os.environ.get(TASK_CODE) != "1":
+        raise InputError(
+            f"evaluate.task_folder: {task_folder}: tasks of the harness can run code of their own (!function, "
+            f"templates, metrics); read them, and set {TASK_CODE}=1 in the environment if they may"
+        )
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

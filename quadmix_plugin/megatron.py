@@ -249,12 +249,17 @@ def _read_index(idx_path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], n
         ends = np.array(index.document_indices, dtype=np.int64)
         lengths = np.array(index.sequence_lengths, dtype=np.int64)
         dtype = np.dtype(index.dtype)
-    except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
+        are_joined = np.array_equal(index.sequence_pointers, (np.cumsum(lengths) - lengths) * dtype.itemsize)
+    except (AssertionError, ValueError, OverflowError, OSError, KeyError, struct.error) as error:
         raise InputError(
             f"{idx_path}: not a whole Megatron index ({type(error).__name__}); write the token files again"
         ) from error
     if ends.size == 0 or ends[0] != 0 or ends[-1] != lengths.size or (np.diff(ends) < 0).any():
         raise InputError(f"{idx_path}: its documents do not cover its sequences; write the token files again")
+    if not are_joined or (lengths < 0).any():
+        raise InputError(f"{idx_path}: its sequences do not lie one after the other; write the token files again")
+    if dtype.kind not in "iu":
+        raise InputError(f"{idx_path}: holds {dtype}, and ids are whole numbers; write the token files again")
     return ends, lengths, dtype
 
 

@@ -22,6 +22,7 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # never pickles, never code
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.txt", "vocab.json")
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")  # transformers looks for a tokenizer's code in both
 _LONGEST_INPUT = 512  # of the published models
 CHARACTERS_PER_TOKEN = 8
 """More than text has; where it is not, the whole document is tokenised."""
@@ -98,25 +99,34 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: none there, not a JSON mapping, or it asks for code (``auto_map``, an attention kernel of the hub)
-            or for weights of another name.
+            or for other weights (of another name, or an adapter's).
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); fetch the model again") from error
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model")
+    if (adapter := folder / "adapter_config.json").exists():  # with the package peft, transformers would load it too
+        raise InputError(f"{adapter}: an adapter, which is not read; merge it into its model, and give that")
+    config = _read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds {type(config).__name__}, not a mapping; fetch the model again")
-    _refuse_code(config, path)
     return config
 
 
-def _refuse_code(config: dict[str, Any], path: Path) -> None:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _refuse_code(value, path)
+def _read_json(path: Path) -> Any:
+    """A JSON file of a model that asks for no code."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_code(content, path)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({first_line(error)}); fetch the model again") from error
+    return content
+
+
+def _refuse_code(config: Any, path: Path) -> None:
+    for each in config if isinstance(config, list) else ():
+        _refuse_code(each, path)
+    for key, value in config.items() if isinstance(config, dict) else ():
+        _refuse_code(value, path)
         kernel = key.endswith("_implementation") and "/" in str(value)  # transformers would fetch it from the hub
         if kernel or key in ("auto_map", "transformers_weights"):
             raise InputError(
@@ -278,12 +288,15 @@ def load_transformers_tokenizer(folder: Path) -> Any:
     """The model's fast tokenizer, as transformers configures it.
 
     Raises:
-        InputError: no tokenizer in the folder, or one that is damaged or not a fast one.
+        InputError: no tokenizer in the folder, or one that is damaged, asks for code or is not a fast one.
     """
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make an empty one
         raise InputError(f"{folder}: holds no tokenizer; put the tokenizer.json of the model there")
+    for name in _TOKENIZER_CONFIGS:
+        if (folder / name).is_file():
+            _read_json(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds, some with several lines

@@ -164,7 +164,7 @@ class Parameters:
 
     def save(self, path: str | Path) -> None:
         """Writes θ as JSON, atomically."""
-        from quadmix_plugin.store import write_json
+        from quadmix_plugin.atomic import write_json
 
         write_json(Path(path), self.to_dict())
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from quadmix_plugin.atomic import atomic_path
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.schema import COPIES, DOC_ID
-from quadmix_plugin.store import atomic_path
 
 if TYPE_CHECKING:
     from quadmix_plugin.score_index import ScoreIndex

@@ -7,25 +7,25 @@ determines its content, and another key makes them invisible.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import socket
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
-from quadmix_plugin.errors import QuadmixError, RunLockedError, StorageError
+from quadmix_plugin.atomic import atomic_path, json_text, sha256_file
+from quadmix_plugin.errors import QuadmixError, StorageError
+from quadmix_plugin.places import LocalFolder, ObjectFolder, Place, place_at
 
+_SUCCESS = "_SUCCESS.json"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_LONGEST_NAME = 200  # of all parts: the entry's temporary file is named by it, and a file system takes 255 bytes
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run: its artifacts and their manifest. Small and picklable, so workers can write shards."""
+    """One step of a run: its artifacts and their manifest. Small and picklable, so workers can write shards.
+
+    ``root`` is the run directory, or the work folder of a run that lies in an object store at ``url``.
+    """
 
     root: Path
     name: str
     key: str
+    url: str | None = None
+
+    @cached_property
+    def place(self) -> Place:
+        """Where the files lie."""
+        return LocalFolder(self.root) if self.url is None else ObjectFolder(self.url, self.root)
 
     @property
-    def _manifest(self) -> Path:
-        return self.root / "manifest" / self.name
+    def _manifest(self) -> str:
+        return f"manifest/{self.name}"
 
-    def _entry_path(self, relative: str) -> Path:
+    def _entry_name(self, relative: str) -> str:
         # '%' is in no artifact name, so no two artifacts share an entry.
-        return self._manifest / f"{relative.replace('/', '%')}.json"
+        return f"{self._manifest}/{relative.replace('/', '%')}.json"
 
     def path(self, relative: str) -> Path:
-        """Where an artifact of this name lies; refuses a name that leaves the run directory or is the store's own."""
+        """Where an artifact of this name is written; refuses names that leave the run or are the store's own."""
         if not _is_name(relative):
             raise StorageError(f"{relative!r}: not an artifact name; use letters, digits, '.', '_' and '-'")
         return self.root.joinpath(*relative.split("/"))
@@ -71,14 +80,11 @@ class Step:
             finals = [self.path(name) for name in relative]
             yield tuple(stack.enter_context(atomic_path(final)) for final in finals)
             # An older entry must not outlive the bytes it vouches for, not even between the rename and the new entry.
-            old = [path for name in relative if (path := self._entry_path(name)).exists()]
-            for path in old:
-                path.unlink(missing_ok=True)
-            if old:
-                _flush(self._manifest)
+            self.place.remove(self._entry_name(name) for name in relative)
         for name, final in zip(relative, finals, strict=True):
             entry = Entry(name, final.stat().st_size, sha256_file(final), self.key, facts)
-            write_json(self._entry_path(name), asdict(entry))
+            self.place.publish(name)
+            self.place.enter(self._entry_name(name), json_text(asdict(entry)).encode())
 
     def write_table(self, relative: str, table: pa.Table, **facts: Any) -> None:
         """Commits a Parquet file with page checksums."""
@@ -90,7 +96,7 @@ class Step:
     def write_json(self, relative: str, content: Any, **facts: Any) -> None:
         """Commits a JSON file."""
         with self.writing(relative, **facts) as (temporary,):
-            temporary.write_text(_json_text(content), encoding="utf-8")
+            temporary.write_text(json_text(content), encoding="utf-8")
 
     def write_text(self, relative: str, content: str, **facts: Any) -> None:
         """Commits a text file."""
@@ -99,16 +105,21 @@ class Step:
 
     def entry(self, relative: str) -> Entry | None:
         """The artifact's entry, or None when it is absent, incomplete, or made with another key."""
-        path = self.path(relative)
-        entry = _read_entry(self._entry_path(relative))
+        self.path(relative)
+        entry = _entry(self.place.read(self._entry_name(relative)))
         if entry is None or entry.key != self.key or entry.path != relative:
             return None
-        return entry if path.exists() and path.stat().st_size == entry.bytes else None
+        return entry if self.place.sizes([relative]).get(relative) == entry.bytes else None
 
     def entries(self) -> list[Entry]:
         """All artifacts of this step and key, by name."""
-        names = (path.name.removesuffix(".json").replace("%", "/") for path in _entry_paths(self._manifest))
-        return [entry for name in sorted(names) if _is_name(name) and (entry := self.entry(name)) is not None]
+        found = {}
+        for file, content in _entry_files(self.place.read_folder(self._manifest)).items():
+            name, entry = _artifact(file), _entry(content)
+            if _is_name(name) and entry is not None and entry.key == self.key and entry.path == name:
+                found[name] = entry
+        sizes = self.place.sizes(found)
+        return [entry for name, entry in sorted(found.items()) if sizes.get(name) == entry.bytes]
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """Reads a Parquet artifact, page checksums verified.
@@ -136,23 +147,30 @@ class Step:
             raise QuadmixError(f"{path}: damaged ({error}); delete it and run the step {self.name!r} again") from error
 
     def read_path(self, relative: str) -> Path:
-        """The path of an artifact that the manifest vouches for."""
-        if self.entry(relative) is None:
+        """The path of an artifact that the manifest vouches for; fetched from an object store if it is not here."""
+        entry = self.entry(relative)
+        if entry is None:
             raise QuadmixError(
-                f"{self.path(relative)}: not there, or not from this recipe; run the step {self.name!r} first"
+                f"{self.place}/{relative}: not there, or not from this recipe; run the step {self.name!r} first"
             )
-        return self.path(relative)
+        return self.place.local(relative, entry.bytes, entry.sha256)
+
+    def bring(self, *paths: str | Path) -> None:
+        """Fetches files and folders of the run, named by their places on the driver's machine, if they are not here."""
+        for path in paths:
+            self.place.bring(Path(path).relative_to(self.root).as_posix())
 
     def finish(self, **facts: Any) -> None:
         """Marks the step as complete; ``facts`` are its summary (row counts, seconds)."""
         entries = self.entries()
         content = {"step": self.name, "key": self.key, "artifacts": len(entries), "facts": facts}
-        content = json.loads(_json_text(content))  # as it will be read back
-        write_json(self._manifest / "_SUCCESS.json", {**content, "sha256": _step_digest(content, entries)})
+        content = json.loads(json_text(content))  # as it will be read back
+        content["sha256"] = _step_digest(content, entries)
+        self.place.write(f"{self._manifest}/{_SUCCESS}", json_text(content).encode())
 
     def summary(self) -> dict[str, Any] | None:
         """What ``finish`` was told, or None while the step is not complete or an artifact is missing."""
-        content = _read_json(self._manifest / "_SUCCESS.json")
+        content = _mapping(self.place.read(f"{self._manifest}/{_SUCCESS}"))
         if content is None or content.get("key") != self.key or content.get("artifacts") != len(self.entries()):
             return None
         return content.get("facts")
@@ -165,64 +183,62 @@ class Step:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A folder that holds one run."""
+    """A folder, or a prefix of an object store, that holds one run; ``root`` is then the work folder."""
 
     root: Path
+    url: str | None = None
 
     @classmethod
-    def open(cls, root: str | Path) -> Self:
+    def at(cls, out: str | Path) -> Self:
+        """The run that lies there; nothing is created."""
+        place = place_at(out)
+        return cls(place.root, place.url if isinstance(place, ObjectFolder) else None)
+
+    @classmethod
+    def open(cls, out: str | Path) -> Self:
         """Creates the folder if need be.
 
         Raises:
             StorageError: it cannot be created or written.
         """
-        path = Path(root).absolute()
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".probe.{uuid.uuid4().hex}.tmp"
-            probe.write_bytes(b"\0")
-            probe.unlink()
-        return cls(path)
+        directory = cls.at(out)
+        directory.place.probe()
+        return directory
+
+    @cached_property
+    def place(self) -> Place:
+        """Where the files lie."""
+        return LocalFolder(self.root) if self.url is None else ObjectFolder(self.url, self.root)
 
     def step(self, name: str, key: str) -> Step:
         """The step ``name`` made from what ``key`` is the hash of."""
-        return Step(self.root, name, key)
+        return Step(self.root, name, key, self.url)
 
     def step_names(self) -> list[str]:
         """Steps that have a manifest, whatever their key."""
-        folder = self.root / "manifest"
-        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+        return self.place.folders("manifest")
 
     def recorded_keys(self, name: str) -> set[str]:
         """The keys with which artifacts of a step were made."""
-        found = (_read_json(path) for path in (self.root / "manifest" / name).glob("*.json"))
-        return {content["key"] for content in found if content is not None and "key" in content}
+        found = map(_mapping, self.place.read_folder(f"manifest/{name}").values())
+        return {content["key"] for content in found if content is not None and isinstance(content.get("key"), str)}
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the run directory for this process.
+    def write_text(self, name: str, content: str) -> None:
+        """Writes a file beside the artifacts, such as the report."""
+        self.place.write(name, content.encode())
+
+    def read_text(self, name: str) -> str | None:
+        """A file beside the artifacts; None where there is none."""
+        content = self.place.read(name)
+        return None if content is None else content.decode()
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the run for this process.
 
         Raises:
             RunLockedError: another process holds it; the message says which.
         """
-        holder = self.root / ".lock.holder"
-        lock = FileLock(self.root / ".lock", timeout=0)
-        try:
-            with storage_errors(self.root / ".lock"):
-                lock.acquire()
-        except Timeout as error:
-            try:
-                who = holder.read_text(encoding="utf-8").strip() or "another process"
-            except FileNotFoundError:  # released, or not yet written
-                who = "another process"
-            raise RunLockedError(f"{self.root}: in use by {who}; wait for it or give another --out") from error
-        try:
-            with storage_errors(holder):
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
+        return self.place.lock()
 
     def sweep(self) -> int:
         """Removes temporary files that a killed process left; call it under the lock. Returns how many."""
@@ -235,21 +251,34 @@ class RunDirectory:
         """Re-reads every artifact against its manifest: how many were read, and what is wrong with which."""
         checked, faults = 0, []
         for name in self.step_names():
-            manifest = self.root / "manifest" / name
-            entries = []
-            for path in _entry_paths(manifest):
+            files, entries = self.place.read_folder(f"manifest/{name}"), []
+            for file, content in _entry_files(files).items():
                 checked += 1
-                entry = _read_entry(path)
+                entry = _entry(content)
                 if entry is None:
-                    faults.append(f"{path.relative_to(self.root)}: manifest entry is not readable")
+                    faults.append(f"manifest/{name}/{file}: manifest entry is not readable")
                     continue
                 entries.append(entry)
-                fault = _verify_entry(self.step(name, entry.key), entry, path)
+                fault = self._fault(name, entry, file)
                 faults += [fault] if fault else []
-            success = manifest / "_SUCCESS.json"
-            if success.exists() and not _success_matches(_read_json(success), entries):
-                faults.append(f"{success.relative_to(self.root)}: does not match the entries beside it")
+            if _SUCCESS in files and not _success_matches(_mapping(files[_SUCCESS]), entries):
+                faults.append(f"manifest/{name}/{_SUCCESS}: does not match the entries beside it")
         return checked, faults
+
+    def _fault(self, step: str, entry: Entry, file: str) -> str | None:
+        """What is wrong with an artifact, if anything is."""
+        if not _is_name(entry.path):
+            return f"manifest/{step}/{file}: {entry.path!r} is not an artifact name"
+        if _artifact(file) != entry.path:
+            return f"{file}: describes {entry.path!r}"
+        size = self.place.sizes([entry.path]).get(entry.path)
+        if size is None:
+            return f"{entry.path}: missing"
+        if size != entry.bytes:
+            return f"{entry.path}: {size} bytes, the manifest says {entry.bytes}"
+        return (
+            None if self.place.digest(entry.path) == entry.sha256 else f"{entry.path}: content differs from its sha256"
+        )
 
 
 def _step_digest(content: dict[str, Any], entries: list[Entry]) -> str:
@@ -265,82 +294,9 @@ def _success_matches(content: dict[str, Any] | None, entries: list[Entry]) -> bo
     return content.get("sha256") == _step_digest(said, [e for e in entries if e.key == content.get("key")])
 
 
-def _verify_entry(step: Step, entry: Entry, entry_path: Path) -> str | None:
-    try:
-        path = step.path(entry.path)
-    except StorageError as error:
-        return f"{entry_path.name}: {error}"
-    if step._entry_path(entry.path) != entry_path:
-        return f"{entry_path.name}: describes {entry.path!r}"
-    if not path.exists():
-        return f"{entry.path}: missing"
-    if path.stat().st_size != entry.bytes:
-        return f"{entry.path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-    return None if sha256_file(path) == entry.sha256 else f"{entry.path}: content differs from its sha256"
-
-
-@contextlib.contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
-    """A temporary path beside ``final``; on a clean exit it is flushed and renamed to it, on an error removed."""
-    with storage_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            yield temporary
-            _flush(temporary)
-            os.replace(temporary, final)
-            _flush(final.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, with sorted keys and shortest floats: equal content gives equal bytes."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(_json_text(content), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns a full, read-only or otherwise unwritable place into a ``StorageError`` with a remedy."""
-    remedies = {
-        errno.ENOSPC: "the disk is full; free some space or give another --out, finished work is kept",
-        errno.EDQUOT: "the disk quota is used up; free some space or give another --out, finished work is kept",
-        errno.EROFS: "the file system is read-only; give another --out",
-        errno.EACCES: "no permission to write; give another --out",
-        errno.EPERM: "no permission to write; give another --out",
-        errno.ENOENT: "no such place, and it cannot be made; give another --out",
-        errno.ENOTDIR: "a part of this path is a file; give another --out",
-        errno.EEXIST: "this is a file; give a folder as --out",
-        errno.EFBIG: "the file would exceed the size limit; raise it or give another --out",
-        errno.EIO: "the disk reports a fault; check it, or give another --out",
-        errno.ENAMETOOLONG: "the name is too long for this file system; shorten it or give another --out",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in remedies or not _concerns(path, error):
-            raise
-        raise StorageError(f"{path}: {remedies[error.errno]}") from error
-
-
-def _concerns(path: Path, error: OSError) -> bool:
-    """Whether an error is about writing ``path``, and not about another file that was read meanwhile."""
-    if not isinstance(error.filename, str | os.PathLike):
-        return True
-    named = Path(error.filename)
-    return named.parent == path.parent or named.is_relative_to(path) or path.is_relative_to(named)
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_key(*parts: Any) -> str:
     """The sha256 of JSON-serialisable parts: the key of a step."""
-    return hashlib.sha256(_json_text(parts).encode()).hexdigest()
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
 
 
 def merge_counts(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -354,39 +310,35 @@ def merge_counts(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _json_text(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _is_name(relative: str) -> bool:
     parts = relative.split("/")
-    return all(_NAME.fullmatch(part) for part in parts) and parts[0] not in ("manifest", "_SUCCESS")
+    fits = len(relative) <= _LONGEST_NAME and all(_NAME.fullmatch(part) for part in parts)
+    return fits and parts[0] not in ("manifest", "_SUCCESS")
 
 
-def _entry_paths(manifest: Path) -> list[Path]:
-    return sorted(path for path in manifest.glob("*.json") if path.name != "_SUCCESS.json")
+def _artifact(file: str) -> str:
+    """The artifact that the entry of this file name is of."""
+    return file.removesuffix(".json").replace("%", "/")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _entry_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in sorted(files.items()) if name != _SUCCESS}
+
+
+def _mapping(content: bytes | None) -> dict[str, Any] | None:
+    """What is written in a manifest's file; None where it is no such thing."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found = json.loads((content or b"").decode())
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # not NaN, nor half a surrogate pair
+    except (ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    return found if isinstance(found, dict) and isinstance(found.get("key"), str) else None
 
 
-def _read_entry(path: Path) -> Entry | None:
-    content = _read_json(path)
+def _entry(content: bytes | None) -> Entry | None:
+    found = _mapping(content)
     try:
-        entry = None if content is None else Entry(**content)
+        entry = None if found is None else Entry(**found)
     except TypeError:
         return None
     kinds = {"path": str, "bytes": int, "sha256": str, "key": str, "facts": dict}

@@ -13,8 +13,8 @@ from yaml.constructor import ConstructorError
 
 from quadmix_plugin.errors import RecipeError
 
-_MAX_BYTES = 1 << 20
-_MAX_VALUES = 20_000  # with the lists and mappings themselves; PyYAML takes half a second for so many
+_MAX_BYTES = 1 << 18
+_MAX_VALUES = 10_000  # lists and mappings among them; PyYAML takes half a second for so many
 _MAX_DEPTH = 64
 _MAX_DIGITS = 64
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -30,6 +30,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)  # not by its size first: a pipe has none
+        if len(raw) > _MAX_BYTES:
+            raise RecipeError(f"{path}: more than {_MAX_BYTES} bytes; a recipe has fewer, so give globs")
         text = raw.decode("utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise RecipeError(f"{path}: no such file; `quadmix init DIR` writes a starter recipe") from error
@@ -37,8 +39,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a file that you may read") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if len(raw) > _MAX_BYTES:
-        raise RecipeError(f"{path}: more than {_MAX_BYTES} bytes; a recipe is smaller, so give a glob for many files")
     try:
         content = read_value(text)
     except yaml.YAMLError as error:
@@ -53,11 +53,11 @@ def read_value(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: not YAML, a key given twice, an alias, a type beyond those, a number of more than 64 characters,
-            more than 20,000 values, or more than 64 levels.
+            more than 10,000 values, or more than 64 levels.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader
-    except ValueError as error:  # PyYAML's own, of an escape such as "\UFFFFFFFF"
+    except (ValueError, OverflowError) as error:  # PyYAML's own, of an escape such as "\UFFFFFFFF"
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -83,7 +83,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise ConstructorError(None, None, "aliases (*name) are not allowed", mark)
         self._values += 1
         if self._values > _MAX_VALUES:
-            raise ConstructorError(None, None, f"more than {_MAX_VALUES} values; give a glob for many files", mark)
+            raise ConstructorError(None, None, f"more than {_MAX_VALUES} values; give globs", mark)
         if self._depth == _MAX_DEPTH:
             raise ConstructorError(None, None, f"more than {_MAX_DEPTH} levels of lists and mappings", mark)
         self._depth += 1

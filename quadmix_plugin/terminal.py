@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +12,33 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from quadmix_plugin.pipelines.context import Progress
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SHOWN = 8
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-stdout = Console(soft_wrap=True)
-stderr = Console(stderr=True, soft_wrap=True)
+
+def printable(text: str) -> str:
+    """The text with control characters spelt out: a terminal would obey those of a corpus' column or file name."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Console(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+stdout = _Console(soft_wrap=True)
+stderr = _Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager
@@ -95,9 +114,9 @@ def quiet_libraries(verbose: bool) -> None:
 
     Dask's processes not even those: what goes wrong there is raised here, and the rest is of connections that end.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     defaults = {
         "DASK_LOGGING__DISTRIBUTED": "info" if verbose else "critical",
         "TRANSFORMERS_VERBOSITY": "warning" if verbose else "error",

@@ -56,6 +56,7 @@ class EvaluateModels(ProcessingStage[DocumentBatch, DocumentBatch]):
             }
             if todo:
                 device, settings = choose_device(self.device), self.settings.only(list(todo))
+                self.step.bring(row["model"])
                 found = evaluate_model(row["model"], self.tokenizer, settings, device, self.seed)
                 for name, path in todo.items():
                     self.step.write_json(path, found[name])

@@ -227,6 +227,12 @@ def vocabulary_of(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def readable_pair(step: Step, prefix: str) -> str:
+    """The absolute path, without ending, of a pair; errors as ``Step.read_path``."""
+    index, _ = (step.read_path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
+    return str(index.with_suffix(""))
+
+
 def pair_entry(step: Step, prefix: str) -> dict[str, Any] | None:
     """The facts of a pair that is wholly there, else None."""
     entries: list[Entry | None] = [step.entry(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]

@@ -14,7 +14,7 @@ from nemo_curator.tasks import DocumentBatch
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import TokenFile
 from quadmix_plugin.schema import COPIES, DOC_ID, TOKENS
-from quadmix_plugin.stages.export_tokens import pair_entry, require_counts, shard_counts, shard_name
+from quadmix_plugin.stages.export_tokens import pair_entry, readable_pair, require_counts, shard_counts, shard_name
 from quadmix_plugin.stages.score_columns import arrow, read_numbers
 from quadmix_plugin.store import Step
 from quadmix_plugin.training_data import Documents, shard_facts, write_shard
@@ -93,7 +93,7 @@ class GatherTokens(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _open(self, shard: str) -> TokenFile:
         prefix = f"{self.pool_folder}/{shard}"
-        file = TokenFile.open(str(self.pool.path(prefix)))  # which says what is missing or truncated
         if pair_entry(self.pool, prefix) is None:
+            file = TokenFile.open(str(self.pool.path(prefix)))  # which says what is missing or truncated
             raise InputError(f"{file.bin_path}: not of this recipe, or changed since; run `quadmix proxies` first")
-        return file
+        return TokenFile.open(readable_pair(self.pool, prefix))

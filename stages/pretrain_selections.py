@@ -92,6 +92,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
             tokenizer=self.tokenizer,
             trainer=self.trainer,
             options=self.options,
+            url=self.step.url,
             **given,
         )
 
@@ -99,6 +100,7 @@ class PretrainSelections(ProcessingStage[DocumentBatch, DocumentBatch]):
         path = work["part"]
         if self.step.entry(path) is None:
             job = self.job(work)
+            job.bring()
             trainer = registry.create("trainers", self.trainer, self.options, "pretrain.options")
             if hasattr(trainer, "pretrain"):
                 trainer.pretrain(job)

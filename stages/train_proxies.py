@@ -213,6 +213,8 @@ class _Data:
 
     @classmethod
     def open(cls, stage: TrainProxies) -> Self:
+        pairs = (f"{prefix}{suffix}" for prefix in stage.pool for suffix in (".bin", ".idx"))
+        stage.step.bring(stage.table, stage.validation, *pairs)
         pool = TokenPool.open(stage.pool)
         selection = ProxySelection(ProxyTable.load(stage.table), stage.draws, stage.matched)
         in_pool = selection.in_pool

@@ -20,8 +20,8 @@ from xml.etree import ElementTree  # reads back only what matplotlib has just wr
 import numpy as np
 from numpy.typing import NDArray
 
+from quadmix_plugin.atomic import atomic_path
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.store import atomic_path
 
 Array = NDArray[np.float64]
 

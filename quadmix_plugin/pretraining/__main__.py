@@ -13,12 +13,12 @@ import sys
 import threading
 
 from quadmix_plugin import registry
+from quadmix_plugin.atomic import atomic_path
 from quadmix_plugin.errors import QuadmixError
 from quadmix_plugin.models import first_line
 from quadmix_plugin.pretraining.job import PretrainJob
 from quadmix_plugin.pretraining.launch import ERROR, OUTPUT, rank_and_processes
 from quadmix_plugin.pretraining.loop import Interrupted, pretrain
-from quadmix_plugin.store import atomic_path
 
 
 def main(path: str) -> int:

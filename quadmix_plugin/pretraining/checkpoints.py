@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quadmix_plugin.atomic import sha256_file, storage_errors, write_json
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.proxy.megatron_checkpoint import load_state, save_state
-from quadmix_plugin.store import content_key, sha256_file, storage_errors, write_json
+from quadmix_plugin.store import content_key
 
 if TYPE_CHECKING:
     import torch

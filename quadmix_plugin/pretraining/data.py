@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from quadmix_plugin.atomic import storage_errors
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import TokenFile, check_tokens
 from quadmix_plugin.proxy.megatron_model import quiet_import
 from quadmix_plugin.schema import DOC_ID
-from quadmix_plugin.store import storage_errors
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from quadmix_plugin.atomic import atomic_path
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.store import Step, atomic_path
+from quadmix_plugin.store import Step
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class PretrainJob:
 
     Args:
         root, step, key: the run directory and the step that results are entered in.
+        url: of a run in an object store, whose work folder ``root`` is; checkpoints stay there.
         selector, seed: name of the selection; ``seed`` draws the initial weights and the order of the data.
         prefixes: token files of the selection, each ``<prefix>.bin`` and ``.idx``.
         documents: one Parquet file for each of them, with the ``doc_id`` of every document in the order of the file.
@@ -50,16 +52,23 @@ class PretrainJob:
     model: str
     folder: str
     options: dict[str, Any] = field(default_factory=dict)
+    url: str | None = None
 
     @property
     def results(self) -> Step:
         """Where the results are entered."""
-        return Step(Path(self.root), self.step, self.key)
+        return Step(Path(self.root), self.step, self.key, self.url)
 
     @property
     def place(self) -> Path:
         """The folder of checkpoints and metrics."""
         return Path(self.root) / self.folder
+
+    def bring(self) -> None:
+        """Fetches what is read from an object store, where it is not on this machine."""
+        pairs = (*self.prefixes, self.validation_tokens)
+        files = [f"{prefix}{suffix}" for prefix in pairs for suffix in (".bin", ".idx")]
+        self.results.bring(*files, *self.documents, self.validation)
 
     def write(self) -> Path:
         """Writes the job into its folder; returns the path."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quadmix_plugin.atomic import sha256_file, write_json
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.models import choose_device
 from quadmix_plugin.pretraining.checkpoints import Checkpoints, Progress
@@ -23,7 +24,7 @@ from quadmix_plugin.pretraining.result import write_result
 from quadmix_plugin.proxy.megatron_learner import CPULearner, GPTLearner, GPULearner
 from quadmix_plugin.proxy.training import ENOUGH_STEPS, CurvePoint, TrainResult, on_threads
 from quadmix_plugin.proxy.validation import evaluate, load_validation_sets
-from quadmix_plugin.store import content_key, sha256_file, write_json
+from quadmix_plugin.store import content_key
 
 if TYPE_CHECKING:
     from quadmix_plugin.pretraining.job import PretrainJob

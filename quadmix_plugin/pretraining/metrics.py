@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from quadmix_plugin.atomic import atomic_path, storage_errors
 from quadmix_plugin.errors import InputError
-from quadmix_plugin.store import atomic_path, storage_errors
 
 if TYPE_CHECKING:
     from quadmix_plugin.proxy.model import Shape

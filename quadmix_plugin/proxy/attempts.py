@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from quadmix_plugin.store import storage_errors
+from quadmix_plugin.atomic import storage_errors
 
 _FOLDER = ".attempts"
 

@@ -4,9 +4,12 @@ On a GPU megatron-core's own writer is used; on the CPU the same format is writt
 to save or which checkpoint is the last.
 """
 
+import contextlib
+import os
 import queue
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 _EXTRA = "_extra_state"
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def save_state(state: dict[str, Any], folder: Path, device: torch.device) -> None:
@@ -60,8 +64,9 @@ def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     read_table(folder)  # megatron-core unpickles it
     try:
         _check_sizes(_weights(wanted), dist_checkpointing.load_tensors_metadata(str(folder)))
-        return dist_checkpointing.load(wanted, str(folder))  # type: ignore[return-value]
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError) as error:
+        with _plain_values_only():
+            return dist_checkpointing.load(wanted, str(folder))  # type: ignore[return-value]
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError, UnpicklingError) as error:
         raise InputError(f"{folder}: no checkpoint of this model ({_cause(error)}); give the folder of one") from error
 
 
@@ -76,6 +81,25 @@ def load_checkpoint(model: "GPTModel", folder: Path) -> None:
     wanted = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith(_EXTRA)}
     state = load_state(dict(wanted), folder)
     model.load_state_dict({name: state[name] for name in wanted})
+
+
+@contextlib.contextmanager
+def _plain_values_only() -> Iterator[None]:
+    """``torch.load`` runs no code, whoever calls it.
+
+    A table may say of any part that it is an object and not a tensor, and PyTorch's own reader of checkpoints unpickles
+    objects without asking what they are. megatron-core's list of classes without code is allowed.
+    """
+    with quiet_import():
+        from megatron.core.safe_globals import SAFE_GLOBALS
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _weights(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -194,6 +194,9 @@ class Question:
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        known = {tokenizer.convert_tokens_to_ids(token) for token in special} - {tokenizer.unk_token_id, None}
+        self._special_ids = np.array(sorted(known), dtype=np.int32)  # unk stands for letters, too
+        self._own_specials = self._specials(self._encoded(prompt.replace(_DOCUMENT, "")).ids).size
         if (used := len(self._tokens([""])[0])) >= max_length:
             raise InputError(
                 f"ask-llm.max_length: the prompt alone takes {used} of {max_length} tokens; raise it or ask shorter"
@@ -234,4 +237,28 @@ class Question:
         backend.no_padding()
         backend.no_truncation()
         texts = [before + document + after for document in documents]
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=self._plain)]
+        found = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=self._plain)]
+        for i, ids in enumerate(found):
+            if self._specials(ids).size > self._own_specials:
+                found[i] = self._without_specials(texts[i], len(before), len(texts[i]) - len(after))
+        return found
+
+    def _without_specials(self, text: str, start: int, end: int) -> list[int]:
+        """Without special tokens between two characters, which a normaliser makes of look-alikes such as ``＜/s＞``."""
+        encoding = self._encoded(text)
+        smuggled = set()
+        for i in self._specials(encoding.ids).tolist():
+            begins, ends = encoding.offsets[i]
+            spaces = len(text[begins:ends]) - len(text[begins:ends].lstrip())  # that the token takes along
+            if begins < ends and start <= begins + spaces < end:
+                smuggled.add(i)
+        return [each for i, each in enumerate(encoding.ids) if i not in smuggled]
+
+    def _specials(self, ids: list[int]) -> NDArray[np.intp]:
+        return np.flatnonzero(np.isin(ids, self._special_ids))
+
+    def _encoded(self, text: str) -> Any:
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend.encode(text, add_special_tokens=self._plain)
