@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all lint fuzz audit clean
 
 quickstart: $(STAMP)
 	$(BIN)/quadmix run pipelines/recipes/quickstart.yaml --out runs/quickstart
@@ -20,6 +20,21 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Each reader of what others may have written gets hostile input for SECONDS; fuzz/driver.py says what a finding is.
+fuzz: SECONDS ?= 60
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@found=; for target in recipe manifest index; do \
+	  $(BIN)/python fuzz/$$target.py --seconds $(SECONDS) || found="$$found $$target"; \
+	done; test -z "$$found" || { echo "error: findings of$$found; see fuzz/findings/"; exit 1; }
+
+# Known advisories of every package in .venv, from PyPI's database: needs the network. Exit code 1 with the list.
+audit: $(STAMP)
+	@$(BIN)/python -c 'import pip_audit' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/python scripts/audit.py
 
 clean:
 	rm -rf $(VENV) runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

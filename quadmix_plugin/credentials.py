@@ -14,9 +14,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
 _ANY_USER = ("http", "https", "ftp")  # there a name alone may be a token; elsewhere it is a name
 _COLON_IS_NO_PASSWORD = ("github", "git", "file")  # github://owner:repository@branch/path
 _PASSWORD = re.compile(r"^[^@]*:(?!\d*$)|:[^@]*@")
-_SECRET_IN_QUERY = re.compile(
-    r"(?:^|[&;])(?:sig|key|[\w.-]*(?:signature|token|secret|passw|credential|api_?key|access_?key)[\w.-]*)=", re.I
-)
+_SECRET_IN_QUERY = re.compile(r"^(?:sig|key)$|signature|token|secret|passw|credential|api_?key|access_?key", re.I)
 _SECRET_KEY = re.compile(
     r"(?:(?:hf|hub|access|auth|api|bearer|session|security|refresh)_?)?token|storage_options|"
     r"(?:\w+_)?(?:password|passwd|secret|secret_?key|secret_access_key|access_?key|access_key_id|api_?key|credentials?)",
@@ -63,4 +61,5 @@ def _has_credentials(url: str) -> bool:
         return True
     if scheme not in _COLON_IS_NO_PASSWORD and not authority.startswith("[") and _PASSWORD.search(authority):
         return True  # also the secret of an AWS key, which may have a / before its @
-    return bool(_SECRET_IN_QUERY.search(url.partition("?")[2]))
+    fields = re.split("[&;]", url.partition("?")[2])
+    return any(_SECRET_IN_QUERY.search(field.partition("=")[0]) for field in fields if "=" in field)

@@ -3,6 +3,7 @@
 A section is data without paths resolved or plug-ins looked up; ``config`` reads, completes and checks whole recipes.
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -329,7 +330,7 @@ class Evaluate(Section):
             return content
         if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
             raise ValueError(f"tasks is {tasks!r}; give a list of names, or a mapping of names to examples")
-        if twice := [name for name in tasks if tasks.count(name) > 1]:
+        if twice := [name for name, times in Counter(tasks).items() if times > 1]:
             raise ValueError(f"tasks: {twice[0]!r} is given twice; name it once")
         fewshot = content.get("fewshot")
         return {**content, "tasks": {name: None if name == SUITE else fewshot for name in tasks}}

@@ -2,18 +2,20 @@
 # pyarrow makes its compute functions at import; no checker sees them.
 """The columns of a score table as arrays: from pandas or Arrow batches to what the mathematics takes."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from nemo_curator.tasks import DocumentBatch
 from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.parameters import Parameters
 from quadmix_plugin.schema import DOMAIN, OTHER_DOMAIN, normalised_column, score_column
+
+if TYPE_CHECKING:
+    from nemo_curator.tasks import DocumentBatch
 
 
 def read_numbers(table: pa.Table, name: str, wanted: str = "numbers") -> NDArray[Any]:
@@ -75,7 +77,7 @@ def domain_ids(table: pa.Table, theta: Parameters) -> NDArray[np.int64]:
     return ids
 
 
-def arrow(task: DocumentBatch) -> pa.Table:
+def arrow(task: "DocumentBatch") -> pa.Table:
     """The batch as an Arrow table."""
     return task.data if isinstance(task.data, pa.Table) else task.to_pyarrow()
 
