@@ -19,6 +19,7 @@ from rich.table import Table
 from quadmix_plugin import cli_tools
 from quadmix_plugin.cli_tools import AsJson, Verbose
 from quadmix_plugin.errors import QuadmixError
+from quadmix_plugin.signals import raise_surely
 from quadmix_plugin.terminal import printable, quiet_libraries, show_progress, stderr, stdout
 
 logger = logging.getLogger(__name__)
@@ -74,25 +75,7 @@ class _StoppedError(BaseException):
 def _stop(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the clean-up of the first, which may hang
         signal.signal(each, lambda number, frame: os._exit(128 + number))
-    sys.unraisablehook = _raise_again
-    raise _StoppedError(number)
-
-
-def _raise_again(swallowed: "sys.UnraisableHookArgs") -> None:
-    """Python drops what is raised in a callback of its garbage collector, where a signal may have come: once more.
-
-    A callback that was broken off complains from then on, which is of no use to the user.
-    """
-    stop = swallowed.exc_value
-    if not isinstance(stop, _StoppedError):
-        logger.debug("ignored while stopping: %r", stop)
-        return
-
-    def stop_now(number: int, frame: object) -> None:
-        raise stop
-
-    signal.signal(signal.SIGALRM, stop_now)
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    raise_surely(_StoppedError(number))
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
@@ -337,7 +320,10 @@ def _load(recipe: Path, overrides: list[str] | None, executor: str | None) -> An
 
 
 def _out(name: str, out: str | None) -> str:
+    from quadmix_plugin.credentials import refuse_credentials
+
     place = out or str(Path("runs") / name)
+    refuse_credentials({"--out": place}, "quadmix")
     return place if "://" in place else str(Path(place).absolute())
 
 

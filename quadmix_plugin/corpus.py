@@ -8,6 +8,7 @@ stop a run hours later: an unreadable file, a missing column, a row without text
 
 import difflib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import zstandard
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.schema import require_unique
@@ -23,6 +25,7 @@ from quadmix_plugin.schema import require_unique
 PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 
+_UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zstandard.ZstdError)
 _LONGEST_LINE = 1 << 28  # characters; a small compressed file may hold a line that no memory does
 
 
@@ -144,7 +147,7 @@ def read_json_lines(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(
             f"{file.path}: after line {line_number}: not UTF-8 ({error.reason}); convert the file"
         ) from error
-    except (OSError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{file.path}: after line {line_number}: cannot be read ({error}); write it again") from error
 
 
@@ -159,7 +162,7 @@ def read_records(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     try:
         with fsspec.open(file.path, "rb") as stream:
-            records = pq.read_table(stream).to_pylist()
+            records = pq.read_table(stream, page_checksum_verification=True).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path}: cannot be read as Parquet ({error}); write it again") from error
     yield from enumerate(records, start=1)
@@ -208,7 +211,7 @@ def _inspect_parquet(file: CorpusFile, wanted: _Wanted) -> tuple[int, list[pa.Ar
     text = wanted.text
     try:
         with fsspec.open(file.path, "rb") as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             _require_columns(file.path, parquet.schema_arrow.names, wanted)
             kind = parquet.schema_arrow.field(text).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

@@ -96,11 +96,11 @@ def check_address(address: str, place: str = "executor.address") -> None:
     Raises:
         RecipeError: no address of a scheduler, or one off loopback without TLS.
     """
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         port = parts.port
-    except ValueError:
-        port = None
+    except ValueError:  # such as a bracket that is not closed, or a port beyond 65535
+        parts, port = urlsplit(""), None
     if not parts.scheme or not parts.hostname or port is None:
         raise RecipeError(f"{place}: {address!r} is no address of a Dask scheduler; give one such as tls://host:8786")
     if parts.scheme in _ENCRYPTED or _is_loopback(parts.hostname):
@@ -115,7 +115,7 @@ def check_address(address: str, place: str = "executor.address") -> None:
 def _is_loopback(host: str) -> bool:
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except OSError:  # not known here: not this machine
+    except (OSError, UnicodeError):  # not known here, or no name of a host: not this machine
         return False
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
 
@@ -235,6 +235,9 @@ class OwnCluster:
         config = {
             "distributed.nanny.pre-spawn-environ": env,
             "distributed.scheduler.allowed-failures": self.lost_worker_retries,
+            # What is under way is bounded, and spilled. A worker that Dask pauses then waits for ever for memory that
+            # is the process' own; one that is ended at 95 % of its limit is a lost worker, which has its rule.
+            "distributed.worker.memory.pause": False,
         }
         # A worker's environment passes through this process' own (Dask starts workers that way): put it back.
         before = {key: os.environ.get(key) for key in (*env, "PYTHONHASHSEED")}

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -44,6 +45,7 @@ Key = tuple[int, ...]
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 5.0
+_MOST_SECONDS_PAUSED = 120.0
 _URGENT = 1_000_000  # priority of the small tasks that only hand payloads on
 
 
@@ -82,8 +84,6 @@ class Flow:
     def __init__(
         self, client: "Client", stages: Sequence[ProcessingStage], on_progress: Progress | None, slots: int = 1
     ):
-        from distributed import as_completed
-
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too
         self._stages, self._on_progress = stages, on_progress
         self._slots, self._window, self._window_until = slots, 0, 0.0
@@ -101,7 +101,8 @@ class Flow:
         self._fans_out = [stage.is_fanout_stage() for stage in stages]
         self._submitted = 0
         self._blobs: list[Any] = []
-        self._completed = as_completed(loop=client.loop)
+        self._ended: SimpleQueue[Any] = SimpleQueue()
+        self._moved = time.monotonic()
 
     def run(self, tasks: Sequence[Task]) -> list[Task]:
         """Takes ``tasks`` through all stages; returns the last stage's outputs in input order.
@@ -117,7 +118,7 @@ class Flow:
             self._received[0] = len(tasks)
             self._hand_on(0, ((((i,), [task], shard_of(task)) for i, task in enumerate(tasks))), len(tasks))
             while self._dispatch():
-                for future in self._completed.next_batch():
+                for future in self._next():
                     self._finish(future)
             self._end()
         finally:
@@ -137,6 +138,31 @@ class Flow:
         if time.monotonic() > self._window_until:
             self._window = 2 * max(self._slots, sum(self._client.nthreads().values()))
             self._window_until = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+
+    def _next(self) -> list[Any]:
+        """The futures that have ended, at least one."""
+        while True:
+            try:
+                ended = [self._ended.get(timeout=_SECONDS_BETWEEN_LOOKS)]
+                break
+            except Empty:
+                self._look_at_workers()
+                if time.monotonic() - self._moved > _MOST_SECONDS_PAUSED:
+                    self._refuse_paused_workers()
+        while not self._ended.empty():
+            ended.append(self._ended.get())
+        self._moved = time.monotonic()
+        return ended
+
+    def _refuse_paused_workers(self) -> None:
+        """A worker that Dask has paused, though all it holds is spilled, goes on only if its process grows smaller."""
+        workers = self._client.scheduler_info()["workers"].values()
+        if workers and all(worker["status"] == "paused" for worker in workers):
+            raise QuadmixError(
+                f"executor: Dask has paused all {len(workers)} workers, each near its memory limit; raise the limit, "
+                "lower corpus.documents_per_shard, or set distributed.worker.memory.pause: false for the workers"
+            )
+        self._moved = time.monotonic()
 
     def _prepare(self) -> None:
         """Puts the stages on the cluster and runs ``setup_on_node`` once per host; late hosts do it themselves."""
@@ -243,7 +269,7 @@ class Flow:
 
     def _fly(self, unit: _Unit, future: "Future") -> None:
         self._flying[future.key] = unit, future
-        self._completed.add(future)
+        future.add_done_callback(self._ended.put)
 
     def _finish(self, future: "Future") -> None:
         unit, future = self._flying.pop(future.key)

@@ -24,6 +24,7 @@ from quadmix_plugin.dask_flow import Flow, Progress, expected_totals, named_erro
 from quadmix_plugin.dask_worker import shard_of
 from quadmix_plugin.errors import QuadmixError, RecipeError
 from quadmix_plugin.ray_executor import RayExecutor
+from quadmix_plugin.signals import raise_surely
 from quadmix_plugin.stage_adapter import StageAdapter
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _sigterm_as_exit() -> Iterator[None]:
         return
 
     def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        raise_surely(SystemExit(128 + number))
 
     signal.signal(signal.SIGTERM, leave)
     try:

@@ -73,7 +73,7 @@ class Lease:
         renewing.start()
         try:
             yield
-        except KeyboardInterrupt as error:
+        except BaseException as error:  # the interrupt, whatever it has become
             if lost:
                 raise RunLockedError(f"{self.objects}: {lost[0]}; what is entered is kept") from error
             raise

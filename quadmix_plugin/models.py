@@ -127,8 +127,8 @@ def _refuse_code(config: Any, path: Path) -> None:
         _refuse_code(each, path)
     for key, value in config.items() if isinstance(config, dict) else ():
         _refuse_code(value, path)
-        kernel = key.endswith("_implementation") and "/" in str(value)  # transformers would fetch it from the hub
-        if kernel or key in ("auto_map", "transformers_weights"):
+        kernel = "_implementation" in key and "/" in str(value)  # transformers would fetch it from the hub
+        if kernel or key in ("auto_map", "transformers_weights") or (key == "trust_remote_code" and value):
             raise InputError(
                 f"{path}: the model asks to run code of its own or to read other weights ({key}), which is never done; "
                 f"use another model"

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -65,11 +66,13 @@ class LocalFolder:
         return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.exists() else []
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of those files that are there."""
+        """Bytes of those files that are there; a folder is none."""
         found = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found[name] = (self.root / name).stat().st_size
+                about = (self.root / name).stat()
+                if stat.S_ISREG(about.st_mode):
+                    found[name] = about.st_size
         return found
 
     def write(self, name: str, content: bytes) -> None:

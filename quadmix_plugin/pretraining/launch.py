@@ -4,12 +4,15 @@
 A recipe cannot set it, for it is a command.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,39 +74,57 @@ def needs_the_machine(options: "MegatronTrainer", device: str) -> bool:
 def launch(options: "MegatronTrainer", job: "PretrainJob") -> None:
     """Trains a job where its device says; raises as ``MegatronTrainer.pretrain``."""
     device = choose_device(options.device)
-    command = _command(options, device)
-    if command is None:
+    launcher = os.environ.get(LAUNCHER)
+    if not launcher and device == "cpu":
         from quadmix_plugin.pretraining.loop import pretrain
 
         pretrain(options, job)
         return
     path = job.write()
     (job.place / ERROR).unlink(missing_ok=True)
-    _run([*command, "-m", "quadmix_plugin.pretraining", str(path)], job)
+    with (
+        _own_command(launcher) if launcher else processes_here(options.gpus or gpus_here(device)) as (start, variables)
+    ):
+        _run([*start, "-m", "quadmix_plugin.pretraining", str(path)], job, variables)
 
 
-def _command(options: "MegatronTrainer", device: str) -> list[str] | None:
-    """The command before ``-m``; None where this process trains itself."""
-    if launcher := os.environ.get(LAUNCHER):
-        try:
-            return shlex.split(os.path.expandvars(launcher))
-        except ValueError as error:
-            raise _no_start(launcher, error) from error
-    if device == "cpu":
-        return None
-    processes = options.gpus or gpus_here(device)
-    if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+@contextlib.contextmanager
+def processes_here(number: int) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The command, before ``-m``, that starts so many processes on this machine, and variables of their environment.
+
+    They find each other by a file. torchrun itself would listen on every address of the machine, and it unpickles what
+    it is told there.
+    """
+    if number == 1:
+        yield [sys.executable], {}
+        return
+    from quadmix_plugin.proxy.megatron_model import SOCKETS, STORE
+
+    with tempfile.TemporaryDirectory(prefix="quadmix-") as folder:  # on a local disk, unlike the run directory perhaps
+        meeting = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={folder}/rendezvous"]
+        command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={number}"]
+        sockets = {name: os.environ.get(name, "lo") for name in SOCKETS}
+        yield command, {**sockets, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", STORE: f"{folder}/store"}
 
 
-def _run(command: list[str], job: "PretrainJob") -> None:
+@contextlib.contextmanager
+def _own_command(launcher: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    try:
+        words = shlex.split(os.path.expandvars(launcher))
+    except ValueError as error:
+        raise _no_start(launcher, error) from error
+    yield words, {}
+
+
+def _run(command: list[str], job: "PretrainJob", variables: Mapping[str, str]) -> None:
     """Runs it to its end; it ends when this process does, for it watches its standard input."""
     logger.info("starting %s", shlex.join(command))
     output = job.place / OUTPUT
     with output.open("ab") as log:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
+            process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **variables}
+            )
         except OSError as error:
             raise _no_start(command[0], error) from error
         try:

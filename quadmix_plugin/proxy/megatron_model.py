@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 Layers = Literal["auto", "local", "transformer_engine"]
 
-_SOCKETS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+STORE = "QUADMIX_STORE"
+"""Environment variable with the file by which the processes of one machine find each other."""
+
+SOCKETS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _SAME = {
     "input_layernorm": "input_layernorm",
     "self_attention.linear_proj": "self_attn.o_proj",
@@ -51,7 +54,7 @@ def start_parallel_state(device: torch.device, processes: int = 1) -> None:
     """Puts this process into a group, if it is in none, with megatron-core's parallel state.
 
     Alone it is a group of one that uses loopback only; ``processes`` above 1 are those that torchrun started and
-    described in the environment.
+    described in the environment. They meet over the file that ``STORE`` names, or else as torchrun says.
 
     Raises:
         InputError: the process belongs to another group already.
@@ -62,10 +65,12 @@ def start_parallel_state(device: torch.device, processes: int = 1) -> None:
         torch.cuda.set_device(device)
     group, backend = torch.distributed, _backend(device)
     if not group.is_initialized():
-        if processes > 1:
+        if processes > 1 and (store := os.environ.get(STORE)):
+            group.init_process_group(backend, f"file://{store}", rank=int(os.environ["RANK"]), world_size=processes)
+        elif processes > 1:
             group.init_process_group(backend)
         else:
-            for name in _SOCKETS:
+            for name in SOCKETS:
                 os.environ.setdefault(name, "lo")
             store = group.HashStore()  # type: ignore[attr-defined]
             group.init_process_group(backend, store=store, rank=0, world_size=1)
