@@ -19,7 +19,7 @@ from small_run import ROOT, write_small_recipe
 from quadmix_plugin.cli import main
 from quadmix_plugin.config import load_recipe
 from quadmix_plugin.errors import RecipeError
-from quadmix_plugin.harness import TASK_FOLDER
+from quadmix_plugin.harness import TASK_CODE, TASK_FOLDER
 from quadmix_plugin.paper_tasks import PAPER_TASKS
 from quadmix_plugin.pipelines.benchmarks import harness_settings, task_keys
 from quadmix_plugin.pipelines.context import open_run
@@ -274,8 +274,11 @@ def test_examples_before_each_question_as_the_recipe_says(recipe: Path, tmp_path
     assert set(dict(settings("evaluate.tasks={paper: 0}").tasks).values()) == {0}
 
 
-def test_the_paper_suite_is_known_to_the_harness_and_its_average_to_the_report(recipe: Path, tmp_path: Path) -> None:
+def test_the_paper_suite_is_known_to_the_harness_and_its_average_to_the_report(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The nine by name; SVAMP is ours. One of them with data of one's own stands for itself, eight are missing."""
+    monkeypatch.setenv(TASK_CODE, "1")
     with open_run(load_recipe(recipe, ["evaluate.tasks=[paper]"]), tmp_path / "names") as run:
         harness_settings(run).check_names()
     folder = tmp_path / "tasks"

@@ -26,7 +26,7 @@ from benchmark_models import (
 
 from quadmix_plugin import harness
 from quadmix_plugin.errors import InputError, QuadmixError
-from quadmix_plugin.harness import TASK_FOLDER, HarnessSettings, Result, evaluate_model, measure_of
+from quadmix_plugin.harness import TASK_CODE, TASK_FOLDER, HarnessSettings, Result, evaluate_model, measure_of
 from quadmix_plugin.local_tasks import LocalTask
 
 TASK = """task: {name}
@@ -61,6 +61,11 @@ def rows() -> list[dict[str, Any]]:
 def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Path:
     """The questions as a file."""
     return write_rows(tmp_path_factory.mktemp("questions") / "questions.jsonl", rows)
+
+
+@pytest.fixture(autouse=True)
+def _trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TASK_CODE, "1")
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_more_gpus_than_there_are_are_refused(options, there, said, gpus, monkey
 def test_one_process_for_each_gpu_and_none_for_a_cpu(options, there, processes, gpus, job, monkeypatch):
     gpus(there)
     commands, here = [], []
-    monkeypatch.setattr(launch, "_run", lambda command, job: commands.append(command))
+    monkeypatch.setattr(launch, "_run", lambda command, job, variables: commands.append(command))
     monkeypatch.setattr(loop, "pretrain", lambda *given: here.append(given))
     trainer = MegatronTrainer(**options)
     launch.launch(trainer, job)
@@ -91,15 +91,18 @@ def test_one_process_for_each_gpu_and_none_for_a_cpu(options, there, processes, 
         return
     path = job.place / "job.json"
     last = ["-m", "quadmix_plugin.pretraining", str(path)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    assert commands == [[sys.executable, *(torchrun if processes > 1 else []), *last]]
+    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+    [[python, *words]] = commands
+    assert python == sys.executable
+    assert words[-3:] == last
+    assert words[:-3] == ([*torchrun, words[4], f"--nproc-per-node={processes}"] if processes > 1 else [])
     assert here == []
     assert PretrainJob.read(path) == job
 
 
 def test_the_launcher_of_the_environment_starts_the_job_anywhere(job, monkeypatch):
     commands = []
-    monkeypatch.setattr(launch, "_run", lambda command, job: commands.append(command))
+    monkeypatch.setattr(launch, "_run", lambda command, job, variables: commands.append(command))
     monkeypatch.setenv("NODES", "4")
     monkeypatch.setenv(launch.LAUNCHER, 'srun --nodes $NODES --comment "two words" torchrun')
     trainer = MegatronTrainer(device="cpu")
