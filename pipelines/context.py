@@ -7,6 +7,7 @@ before; executor settings are in no key.
 
 import hashlib
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -363,10 +364,10 @@ def refuse_other_recipe(run: Run) -> None:
         or "the files that the recipe names, or the versions of other packages' plug-ins, have changed since"
     )
     made = [name for name in STEPS[STEPS.index(stale[0]) :] if run.directory.recorded_keys(name)]
-    folders = " ".join(f"{run.directory.place}/manifest/{name}" for name in made)
+    remove = shlex.join(["rm", "-r", *(f"{run.directory.place}/manifest/{name}" for name in made)])
     raise RecipeError(
         f"{run.directory.place}: the step {stale[0]!r} there was made from other settings ({what}); give another "
-        f"--out, or make it anew after: rm -r {folders}"
+        f"--out, or make it anew after: {remove}"
     )
 
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from quadmix_plugin import registry
 from quadmix_plugin.atomic import atomic_path, write_json
 from quadmix_plugin.errors import InputError, UsageError
+from quadmix_plugin.parquet import write_parquet
 from quadmix_plugin.pipelines.fit_gain import Judged, gain
 from quadmix_plugin.search.evaluation import Metrics, bootstrap_intervals, cross_validate
 from quadmix_plugin.search.gain import Prediction
@@ -314,7 +314,7 @@ def _write(
         for target, each in judged.items()
     ]  # fmt: skip
     with atomic_path(out / PREDICTIONS) as temporary:
-        pq.write_table(pa.concat_tables(parts), temporary)
+        write_parquet(pa.concat_tables(parts), temporary)
     write_json(out / OPTIMUM, metrics["optimum"])
     text = "\n".join(f"# {target}\n{model.to_text()}" for target, model in proposal.surrogate.regressors.items())
     with atomic_path(out / REGRESSOR) as temporary:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from quadmix_plugin import registry
 from quadmix_plugin.errors import InputError, UsageError
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.parquet import read_parquet
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.expected_gain import expected_gain, prediction_of
 from quadmix_plugin.pipelines.proxy_rounds import token_constraint
@@ -173,7 +173,7 @@ class _Search:
 def proxy_losses(run: Run) -> tuple[list[int], list[Parameters], dict[str, NDArray[np.float64]]]:
     """Number, θ and losses (task → [T]) of the drawn and the proposed proxies; repeats and failed ones left out."""
     step, kinds = run.require("proxies"), (DRAW, PROPOSAL)
-    drawn = pq.read_table(step.read_path("proxies/thetas.parquet"), filters=[("kind", "in", kinds)]).sort_by("proxy")
+    drawn = read_parquet(step.read_path("proxies/thetas.parquet"), filters=[("kind", "in", kinds)]).sort_by("proxy")
     table = step.read_table("proxies/losses.parquet")
     table = table.filter(pa.array(np.isin(table["kind"].to_pylist(), kinds))).sort_by("proxy")
     numbers = table["proxy"].to_pylist()

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 from nemo_curator.backends.base import BaseExecutor
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.tasks import Task
 
 from quadmix_plugin.dask_flow import Progress
+
+_SECONDS_TO_END = 5.0
 
 
 class RayExecutor(BaseExecutor):
@@ -42,7 +45,9 @@ class RayExecutor(BaseExecutor):
             from nemo_curator.backends.xenna import XennaExecutor as Backend
         else:
             from nemo_curator.backends.ray_data import RayDataExecutor as Backend
+        before, is_own = set(psutil.Process().children()), False
         if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+            is_own = True
             with _ray_on_loopback():
                 ray.init(
                     num_cpus=self.num_cpus or _logical_cores(stages),
@@ -54,7 +59,12 @@ class RayExecutor(BaseExecutor):
         try:
             return list(Backend(self.config).execute(stages, initial_tasks) or [])
         finally:
+            ours = [each for each in psutil.Process().children() if is_own and each not in before]
+            started = [*ours, *(child for each in ours for child in each.children(recursive=True))]
             ray.shutdown()
+            for left in psutil.wait_procs(started, timeout=_SECONDS_TO_END)[1]:  # Xenna's monitor never ends by itself
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
 
 
 def _logical_cores(stages: Sequence[ProcessingStage]) -> int:

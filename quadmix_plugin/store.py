@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from quadmix_plugin.atomic import atomic_path, json_text, sha256_file
 from quadmix_plugin.errors import QuadmixError, StorageError
+from quadmix_plugin.parquet import read_parquet, write_parquet
 from quadmix_plugin.places import LocalFolder, ObjectFolder, Place, place_at
 
 _SUCCESS = "_SUCCESS.json"
@@ -89,7 +90,7 @@ class Step:
     def write_table(self, relative: str, table: pa.Table, **facts: Any) -> None:
         """Commits a Parquet file with page checksums."""
         with self.writing(relative, rows=table.num_rows, **facts) as (temporary,):
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+            write_parquet(table, temporary)
             if pq.read_metadata(temporary).num_rows != table.num_rows:
                 raise StorageError(f"{temporary}: read back with another number of rows; check the disk")
 
@@ -127,16 +128,7 @@ class Step:
         Raises:
             QuadmixError: it is not in the manifest, or does not read back.
         """
-        path = self.read_path(relative)
-        try:
-            return pq.read_table(
-                path,
-                columns=columns,
-                page_checksum_verification=True,
-                partitioning=None,  # pyright: ignore[reportArgumentType] # else '/data/run=1/' makes a column 'run'
-            )
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise QuadmixError(f"{path}: damaged ({error}); delete it and run the step {self.name!r} again") from error
+        return read_parquet(self.read_path(relative), columns, maker=f"the step {self.name!r}")
 
     def read_json(self, relative: str) -> Any:
         """Reads a JSON artifact; errors as ``read_table``."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from quadmix_plugin.hashing import DocIds, hash64
 from quadmix_plugin.megatron import write_documents
+from quadmix_plugin.parquet import write_parquet
 from quadmix_plugin.schema import DOC_ID, TOKENS
 from quadmix_plugin.store import Step
 
@@ -82,7 +82,7 @@ def write_shard(
     table = pa.table(dict(zip((DOC_ID, COPY, TOKENS), columns, strict=True)))
     with step.writing(*_beside(prefix), f"{prefix}.json", **facts) as (bin_path, idx_path, table_path, facts_path):
         write_documents((documents[i] for i in order.tolist()), bin_path, idx_path, vocabulary, named=named)
-        pq.write_table(table, table_path, compression="zstd", write_page_checksum=True)
+        write_parquet(table, table_path)
         facts_path.write_text(json.dumps(facts), encoding="utf-8")
     return facts
 

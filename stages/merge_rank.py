@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import DocumentBatch
@@ -22,6 +21,7 @@ from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import hash64, tie_hash
 from quadmix_plugin.normalisation import Normaliser
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.parquet import read_parquet
 from quadmix_plugin.rank_map import Method, RankMap, Ties, check_ties
 from quadmix_plugin.rank_states import BINS, Grid, RankHistogram, RankSample
 from quadmix_plugin.ranking import merge_quality
@@ -228,7 +228,7 @@ class MergeRank(_Scored):
         if self.rank_map is None:
             raise InputError("MergeRank: give rank_map, of RankMap.of_states or a run's selection/rank_map.parquet")
         if not isinstance(self.rank_map, RankMap):
-            self.rank_map = RankMap.from_table(pq.read_table(_existing(self.rank_map)))
+            self.rank_map = RankMap.from_table(read_parquet(_existing(self.rank_map)))
         assert isinstance(self.theta, Parameters)  # noqa: S101 - set above
         if self.rank_map.domains and self.rank_map.domains != self.theta.domains:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 from faults import contents, write_tiny_recipe
 
@@ -32,7 +33,10 @@ def one_process(recipe, tmp_path_factory) -> dict[str, str]:
 )
 def test_every_executor_makes_the_same_bytes(executor, recipe, one_process, dask_client, tmp_path):
     make = (lambda: DaskExecutor(client=dask_client)) if executor == "dask" else (lambda: make_executor(executor))
+    before = {process.pid for process in psutil.process_iter()}
     with open_run(load_recipe(recipe), tmp_path / "out", make) as run:
         run_steps(run, STEPS)
+    left = [each for each in psutil.process_iter(["name"]) if each.pid not in before and "ray" in each.info["name"]]
+    assert left == []
     found = {name: digest for name, digest in contents(tmp_path / "out").items() if name != "recipe.yaml"}
     assert found == {name: digest for name, digest in one_process.items() if name != "recipe.yaml"}

@@ -114,7 +114,9 @@ def test_a_slow_store_that_refuses_and_forgets_to_answer_costs_only_time(store, 
 
 
 @pytest.mark.slow
-def test_killed_at_a_hundred_requests_it_goes_on_with_the_same_bytes(store, server, recipe, undisturbed, tmp_path):
+def test_killed_at_a_request_again_and_again_it_goes_on_with_the_same_bytes(
+    store, server, recipe, undisturbed, tmp_path
+):
     """A request that the store has carried out and its process has not heard of, again and again."""
     faulty, kills = server[1], 0
     code = "import sys; from test_object_store import _child; _child(sys.argv[1], sys.argv[2])"
@@ -125,7 +127,7 @@ def test_killed_at_a_hundred_requests_it_goes_on_with_the_same_bytes(store, serv
         )
         assert process.stdout is not None
         process.stdout.readline()
-        faulty.kill = faulty.served + 5 + 7 * (kills % 5), process.pid
+        faulty.kill = faulty.served + 20 + 30 * (kills % 4), process.pid
         process.wait(timeout=120)
         faulty.kill = None
         if process.returncode == 0:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from quadmix_plugin.atomic import storage_errors
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.megatron import TokenFile, check_tokens
+from quadmix_plugin.parquet import read_parquet
 from quadmix_plugin.proxy.megatron_model import quiet_import
 from quadmix_plugin.schema import DOC_ID
 
@@ -121,7 +121,7 @@ class TrainingData:
                 part = part.datasets[file]
             positions = part._query_document_sample_shuffle_indices(sample)[1]
             if file not in tables:
-                tables[file] = pq.read_table(self.documents[file], columns=[DOC_ID])[DOC_ID]
+                tables[file] = read_parquet(self.documents[file], [DOC_ID])[DOC_ID]
             found |= dict.fromkeys(tables[file].take([int(i) for i in positions]).to_pylist())
         return list(found)
 

@@ -13,12 +13,12 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
 from quadmix_plugin.hashing import uniform
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.parquet import read_parquet
 from quadmix_plugin.rank_map import Method, Ties
 from quadmix_plugin.rank_states import BINS
 from quadmix_plugin.sampling import count_copies, draw_copies
@@ -108,7 +108,7 @@ class ProxyTable:
         """
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; run the step 'proxies' from its beginning")
-        table = pq.read_table(path).combine_chunks()
+        table = read_parquet(path).combine_chunks()
         metadata = table.schema.metadata
         domains, scorers = (tuple(json.loads(metadata[key])) for key in (b"domains", b"scorers"))
         normalised = np.stack([table[f"normalised_{s}"].to_numpy() for s in scorers], axis=1)
@@ -217,7 +217,7 @@ def read_baseline(path: str | Path, name: str, n: int) -> NDArray[np.int32]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; run the step 'proxies' from its beginning")
-    table = pq.read_table(path, filters=[(SELECTION, "=", name)], partitioning=None)  # type: ignore[arg-type]
+    table = read_parquet(path, filters=[(SELECTION, "=", name)])
     copies = np.zeros(n, dtype=np.int32)
     copies[table[ROW].to_numpy()] = table[COPIES].to_numpy()
     return copies

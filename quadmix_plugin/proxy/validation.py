@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from quadmix_plugin.corpus import CorpusFile, read_records
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.parquet import read_parquet
 
 if TYPE_CHECKING:
     from quadmix_plugin.proxy.model import Decoder
@@ -181,7 +181,7 @@ def load_validation_sets(path: str | Path, part: Part) -> list[ValidationSet]:
     """The sets of one part from a Parquet file with the columns of ``tokenise_rows``."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; run the step that tokenises the validation rows first")
-    return validation_sets(pq.read_table(path), part)
+    return validation_sets(read_parquet(path), part)
 
 
 def evaluate(model: "Decoder", rows: ValidationSet) -> float:

@@ -181,7 +181,7 @@ def _texts(file: CorpusFile, column: str) -> Iterator[str]:
 def _parquet_rows(file: CorpusFile, column: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with fsspec.open(file.path, "rb") as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             wanted = [column] if column in parquet.schema_arrow.names else None  # all: the error names what there is
             batches = parquet.iter_batches(columns=wanted)
             yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
