@@ -37,7 +37,7 @@ audit: $(STAMP)
 	$(BIN)/python scripts/audit.py
 
 clean:
-	rm -rf $(VENV) runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache .hypothesis fuzz/findings
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \

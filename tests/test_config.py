@@ -154,21 +154,6 @@ def test_set_overrides_and_checks_like_the_file() -> None:
         load_recipe(QUICKSTART, ["proxy.number"])
 
 
-def test_every_section_key_misspelt_is_suggested(tmp_path: Path) -> None:
-    content = load_recipe(QUICKSTART).model_dump(mode="json")
-    for section, keys in content.items():
-        if not isinstance(keys, dict) or section in ("scorers", "domain"):
-            continue
-        for key in keys:
-            if len(key) < 4:
-                continue
-            typo = key[0] + key[2] + key[1] + key[3:]
-            if typo in keys:
-                continue
-            with pytest.raises(RecipeError, match=f"{section}.{typo}: unknown key; did you mean '{key}'"):
-                load_recipe(_faulty(tmp_path, **{f"{section}__{typo}": keys[key]}))
-
-
 def test_differing_keys_are_dotted_with_both_values() -> None:
     old = load_recipe(QUICKSTART).model_dump(mode="json")
     new = load_recipe(QUICKSTART, ["proxy.number=64"]).model_dump(mode="json")
