@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_curator.pipeline import Pipeline
@@ -11,16 +12,18 @@ from nemo_curator.stages.text.io.reader.parquet import ParquetReaderStage
 from nemo_curator.tasks import FileGroupTask, Task
 
 from quadmix_plugin.config import scorer_plugin
-from quadmix_plugin.corpus import inspect
+from quadmix_plugin.corpus import CorpusFile, inspect
 from quadmix_plugin.errors import InputError, QuadmixError
 from quadmix_plugin.megatron import require_few_pairs
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.schema import DOC_ID, DOMAIN, DOMAIN_TOP, DOMAIN_TOP_PROBABILITY, TEXT, TOKENS, score_column
 from quadmix_plugin.stages import CountTokens, DomainClassify, PrepareDocuments, QualityScore, WriteShards
 from quadmix_plugin.stages.count_tokens import ESTIMATE_ERROR
+from quadmix_plugin.stages.prepare_documents import shard_stem
 from quadmix_plugin.store import merge_counts
 from quadmix_plugin.token_counts import estimate_error
 
+_PARQUET = {"page_checksum_verification": True}  # of files whose writer has added them
 # Curator's default engine takes ids that look like times for times, and stops at a key, even one that nobody reads,
 # whose values are of several types.
 _JSON_LINES = {"engine": "pandas", "dtype": False, "convert_dates": False, "precise_float": True}
@@ -46,7 +49,8 @@ def label(run: Run) -> None:
     top = [DOMAIN_TOP, DOMAIN_TOP_PROBABILITY] if recipe.domain.top_k else []
     columns = [DOC_ID, DOMAIN, *top, TOKENS, *map(score_column, run.scorers)]
     done = frozenset(entry.path.removeprefix("labels/").removesuffix(".parquet") for entry in step.entries())
-    run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], done)
+    files = [file for file in run.corpus_files if found.rows[file.path]]
+    run_over_documents(run, [*stages, WriteShards(step=step, folder="labels", columns=columns)], done, files)
     totals = merge_counts(entry.facts for entry in step.entries())
     if totals["rows_in"] != found.documents:
         raise QuadmixError(
@@ -104,9 +108,17 @@ def label_stages(run: Run) -> list[ProcessingStage]:
     return stages
 
 
-def run_over_documents(run: Run, stages: list[ProcessingStage], done: frozenset[str]) -> list[Task]:
-    """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not in ``done``."""
+def run_over_documents(
+    run: Run, stages: list[ProcessingStage], done: frozenset[str], files: Sequence[CorpusFile] | None = None
+) -> list[Task]:
+    """Reads the corpus with Curator's readers, cuts it into shards and runs ``stages`` over those not in ``done``.
+
+    ``files``: those with documents, since Curator's readers stop at others; None once the corpus is labelled.
+    """
     corpus = run.recipe.corpus
+    if files is None:
+        labelled = {shard.rpartition("-")[0] for shard in run.label_shards}
+        files = [file for file in run.corpus_files if shard_stem(file.name) in labelled]
     prepare = PrepareDocuments(
         id_field=corpus.id,
         text_field=corpus.text,
@@ -117,20 +129,23 @@ def run_over_documents(run: Run, stages: list[ProcessingStage], done: frozenset[
     )
     results: list[Task] = []
     for parquet in (True, False):
-        files = [file for file in run.corpus_files if file.is_parquet is parquet]
-        if not files:
+        alike = [file for file in files if file.is_parquet is parquet]
+        if not alike:
             continue
         tasks: list[Task] = [
             FileGroupTask(
                 dataset_name=run.recipe.name,
                 data=[file.path],
-                _metadata={"source_files": [file.path], "source_name": file.name},
+                # Until there are shards, an error names the file.
+                _metadata={"source_files": [file.path], "source_name": file.name, "shard": file.path},
             )
-            for file in files
+            for file in alike
         ]
         fields = prepare.inputs()[1]
         reader = (
-            ParquetReaderStage(fields=fields) if parquet else JsonlReaderStage(fields=fields, read_kwargs=_JSON_LINES)
+            ParquetReaderStage(fields=fields, read_kwargs=_PARQUET)
+            if parquet
+            else JsonlReaderStage(fields=fields, read_kwargs=_JSON_LINES)
         )
         pipeline = Pipeline(name=stages[-1].name, stages=[reader, prepare, *stages])
         results += pipeline.run(run.executor, initial_tasks=tasks) or []

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from nemo_curator.pipeline import Pipeline
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from quadmix_plugin.budget import expected_tokens, scale_to_budget
 from quadmix_plugin.errors import InputError, RecipeError
 from quadmix_plugin.labelled_corpus import domain_ids
 from quadmix_plugin.parameters import Parameters
+from quadmix_plugin.parquet import read_parquet
 from quadmix_plugin.pipelines.context import Run
 from quadmix_plugin.pipelines.rank import FitRankMap, widened
 from quadmix_plugin.rank_map import RankMap
@@ -38,6 +38,8 @@ from quadmix_plugin.store import Step, merge_counts
 QUADMIX = "quadmix"
 
 _ROWS_PER_STATE = 2_000_000  # of batches that share one state; it is some MB at most
+_STATES_PER_PASS = 16  # that are made side by side and merged on the driver; so many workers can have one to make
+_FEWEST_SHARDS_PER_PASS, _SHARDS_PER_EXACT_PASS = 64, 256
 
 _COLUMNS = [DOC_ID, COPIES, DOMAIN, TOKENS, MERGED_QUALITY, QUALITY_RANK, SAMPLING_VALUE]
 
@@ -133,10 +135,13 @@ def _theta_and_ranks(run: Run) -> tuple[Parameters, RankMap, dict[str, Any] | No
 def _fit_ranks(run: Run, theta: Parameters, target: int | None, tokens: NDArray[np.int64]) -> RankMap:
     settings, tasks = run.recipe.rank, shard_tasks(run.label_shards)
     rows = sum(int(entry.facts.get("rows_kept", 0)) for entry in run.require("normalise").entries())
+    per_state = max(1, min(_ROWS_PER_STATE * len(tasks) // max(rows, 1), len(tasks) // _STATES_PER_PASS))
+    per_pass = max(_FEWEST_SHARDS_PER_PASS, _STATES_PER_PASS * per_state)
     fit = FitRankMap(
         read=[], theta=theta, method=settings.method, ties=settings.ties, summary=run.summary, bins=settings.bins,
         documents=settings.subset_documents, per_domain=settings.subset_per_domain, seed=run.recipe.seed,
-        batches_per_state=max(1, _ROWS_PER_STATE * len(tasks) // max(rows, 1)),
+        batches_per_state=per_state,
+        tasks_per_pass=_SHARDS_PER_EXACT_PASS if settings.method == "exact" else per_pass,  # exact states are large
     )  # fmt: skip
     fit.read = [ReadShards(step=run.require("normalise"), folder="normalise", columns=fit.columns())]
     if settings.method != "exact":
@@ -162,7 +167,7 @@ def frozen_rank_map(run: Run, theta: Parameters) -> RankMap:
     """
     path, ties = str(run.recipe.rank.frozen), run.recipe.rank.ties
     try:
-        ranks = RankMap.from_table(pq.read_table(path))
+        ranks = RankMap.from_table(read_parquet(path))
     except (InputError, OSError, pa.ArrowException, KeyError) as error:
         raise RecipeError(f"rank.frozen: {path}: not a rank map ({error}); give a run's rank_map.parquet") from error
     if ranks.domains != theta.domains:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,14 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in remedies or not _concerns(path, error):
             raise
-        raise StorageError(f"{path}: {remedies[error.errno]}") from error
+        space = f" ({_free(path):,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise StorageError(f"{path}: {remedies[error.errno]}{space}") from error
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free where a path is, or would be."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    return shutil.disk_usage(there).free
 
 
 def _concerns(path: Path, error: OSError) -> bool:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
+from numpy.typing import NDArray
 
 from quadmix_plugin.errors import InputError
+from quadmix_plugin.hashing import hash64
 from quadmix_plugin.schema import require_unique
 
 PARQUET = (".parquet", ".pq")
@@ -110,20 +113,37 @@ def inspect(
             string or missing (under ``invalid_rows='error'``), an id missing or given twice, or no documents at all.
     """
     rows: dict[str, int] = {}
-    ids: list[pa.Array] = []
+    kinds: set[str] = set()
+    hashes: list[NDArray[np.uint64]] = []  # 8 bytes a document; the ids themselves would be far more
     wanted = _Wanted(text, id_field, keep, invalid_rows)
     for file in files:
         check = _inspect_parquet if file.is_parquet else _inspect_json_lines
         rows[file.path], found = check(file, wanted)
-        ids += found
+        kinds |= {str(array.type) for array in found}
+        hashes += [hash64(array, 0) for array in found]
     if not sum(rows.values()):
         raise InputError(f"{files[0].path}: no documents in {len(files)} files; give a corpus with rows")
-    kinds = {str(array.type) for array in ids}
     if len(kinds) > 1:
         raise InputError(f"column {id_field!r} is {' in some files and '.join(sorted(kinds))} in others; use one type")
-    if ids:
-        require_unique(pa.chunked_array(ids))
+    if hashes:
+        _require_unique(files, wanted, hashes)
     return Inspection(rows)
+
+
+def _require_unique(files: list[CorpusFile], wanted: _Wanted, hashes: list[NDArray[np.uint64]]) -> None:
+    """Reads the ids again whose hashes are there twice, if there are any."""
+    ordered = np.concatenate(hashes)
+    hashes.clear()
+    ordered.sort()
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not twice.size:
+        return
+    del ordered
+    ids: list[pa.Array] = []
+    for file in files:
+        check = _inspect_parquet if file.is_parquet else _inspect_json_lines
+        ids += [array.filter(pa.array(np.isin(hash64(array, 0), twice))) for array in check(file, wanted)[1]]
+    require_unique(pa.chunked_array(ids))
 
 
 def read_json_lines(file: CorpusFile) -> Iterator[tuple[int, dict[str, Any]]]:

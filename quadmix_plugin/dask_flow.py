@@ -45,6 +45,7 @@ Key = tuple[int, ...]
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 5.0
+_LOST = "executor: the connection to the Dask scheduler was lost; run the command again, and it goes on"
 _MOST_SECONDS_PAUSED = 120.0
 _URGENT = 1_000_000  # priority of the small tasks that only hand payloads on
 
@@ -274,7 +275,7 @@ class Flow:
     def _finish(self, future: "Future") -> None:
         unit, future = self._flying.pop(future.key)
         if future.cancelled():
-            raise QuadmixError("executor: the connection to the Dask scheduler was lost; run the command again")
+            raise QuadmixError(_LOST)
         try:
             if future.status != "finished":
                 future.result()
@@ -312,8 +313,11 @@ class Flow:
             yield (*unit.key, i), self._client.submit(pick, future, i, key=name, priority=_URGENT), shard
 
     def _failed(self, unit: _Unit, future: "Future", error: Exception) -> None:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
+        from distributed.comm.core import CommClosedError
 
+        if isinstance(error, CommClosedError | CancelledError):
+            raise QuadmixError(_LOST) from error
         stage, shards = self._stages[unit.stage], ", ".join(unit.shards[:3])
         if not isinstance(error, KilledWorker):
             raise named_error(stage, f"shard {shards}", error) from cause(error)

@@ -247,13 +247,13 @@ class RunDirectory:
             for file, content in _entry_files(files).items():
                 checked += 1
                 entry = _entry(content)
-                if entry is None:
-                    faults.append(f"manifest/{name}/{file}: manifest entry is not readable")
+                if entry is None or content != json_text(asdict(entry)).encode():
+                    faults.append(f"manifest/{name}/{file}: manifest entry is not as it was written")
                     continue
                 entries.append(entry)
                 fault = self._fault(name, entry, file)
                 faults += [fault] if fault else []
-            if _SUCCESS in files and not _success_matches(_mapping(files[_SUCCESS]), entries):
+            if _SUCCESS in files and not _success_matches(files[_SUCCESS], entries):
                 faults.append(f"manifest/{name}/{_SUCCESS}: does not match the entries beside it")
         return checked, faults
 
@@ -278,8 +278,9 @@ def _step_digest(content: dict[str, Any], entries: list[Entry]) -> str:
     return content_key(content, ordered)
 
 
-def _success_matches(content: dict[str, Any] | None, entries: list[Entry]) -> bool:
-    if content is None:
+def _success_matches(written: bytes, entries: list[Entry]) -> bool:
+    content = _mapping(written)
+    if content is None or written != json_text(content).encode():
         return False
     said = {name: value for name, value in content.items() if name != "sha256"}
     # Entries of another recipe may lie beside those of this one.

@@ -95,6 +95,11 @@ class PrepareDocuments(ProcessingStage[DocumentBatch, DocumentBatch]):
             raise InputError(f"{source}: column {self.id_field!r} is {ids.type}; ids must be integers or strings")
         ids_type = pa.int64() if is_integer else pa.string()
         text = columns.pop(self.text_field).cast(pa.string())
+        try:
+            text.validate(full=True)
+        except pa.ArrowInvalid as error:  # Parquet without page checksums may be damaged and read
+            what = f"column {self.text_field!r} is damaged ({error})"
+            raise InputError(f"{source}: {what}; write the file again") from error
         return pa.table({DOC_ID: ids.cast(ids_type), TEXT: text, **columns})
 
     def _drop(self, shard: pa.Table, source: str, start: int) -> tuple[pa.Table, dict[str, int]]:

@@ -19,6 +19,7 @@ from quadmix_plugin.parameters import Parameters, ParameterSpace
 from quadmix_plugin.pipelines.context import open_run
 from quadmix_plugin.pipelines.export import exported
 from quadmix_plugin.pipelines.run import run_steps, steps_until
+from quadmix_plugin.pipelines.select import sizes
 
 N = 900
 SPACE = ParameterSpace(omega_max=0.5)
@@ -82,6 +83,7 @@ def test_the_step_selects_what_the_pure_function_says(tmp_path: Path, method: st
     assert facts["rank_method"] == method
     assert (facts["rank_error"] > 0.02) == (method == "subset")
     realised = summary["selection"]
+    assert realised == sizes(table, copies)
     assert realised["tokens"] == int((table.tokens * copies).sum())
     assert realised["epochs"] == pytest.approx(realised["tokens"] / realised["unique_tokens"])
     assert abs(realised["tokens"] - facts["expected_tokens"]) < 0.15 * realised["tokens"]

@@ -14,17 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from quadmix_plugin.atomic import atomic_path, sha256_file, storage_errors, write_json
 from quadmix_plugin.errors import QuadmixError, RunLockedError, StorageError
-from quadmix_plugin.store import (
-    RunDirectory,
-    Step,
-    atomic_path,
-    content_key,
-    merge_counts,
-    sha256_file,
-    storage_errors,
-    write_json,
-)
+from quadmix_plugin.store import RunDirectory, Step, content_key, merge_counts
 
 TABLE = pa.table({"doc_id": list(range(500)), "text": [f"document {i}" for i in range(500)]})
 
