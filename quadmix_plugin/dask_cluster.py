@@ -235,6 +235,8 @@ class OwnCluster:
         config = {
             "distributed.nanny.pre-spawn-environ": env,
             "distributed.scheduler.allowed-failures": self.lost_worker_retries,
+            # A lost worker that takes longer to start again would be given up by the cluster, and with it its place.
+            "distributed.deploy.lost-worker-timeout": "10 minutes",
             # What is under way is bounded, and spilled. A worker that Dask pauses then waits for ever for memory that
             # is the process' own; one that is ended at 95 % of its limit is a lost worker, which has its rule.
             "distributed.worker.memory.pause": False,

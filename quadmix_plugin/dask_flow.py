@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
 _LOST = "executor: the connection to the Dask scheduler was lost; run the command again, and it goes on"
 _MOST_SECONDS_PAUSED = 120.0
+_MOST_SECONDS_ALONE = 600.0
 _URGENT = 1_000_000  # priority of the small tasks that only hand payloads on
 
 
@@ -103,7 +104,7 @@ class Flow:
         self._submitted = 0
         self._blobs: list[Any] = []
         self._ended: SimpleQueue[Any] = SimpleQueue()
-        self._moved = time.monotonic()
+        self._moved = self._had_workers = time.monotonic()
 
     def run(self, tasks: Sequence[Task]) -> list[Task]:
         """Takes ``tasks`` through all stages; returns the last stage's outputs in input order.
@@ -149,15 +150,22 @@ class Flow:
             except Empty:
                 self._look_at_workers()
                 if time.monotonic() - self._moved > _MOST_SECONDS_PAUSED:
-                    self._refuse_paused_workers()
+                    self._refuse_idle_workers()
         while not self._ended.empty():
             ended.append(self._ended.get())
-        self._moved = time.monotonic()
+        self._moved = self._had_workers = time.monotonic()
         return ended
 
-    def _refuse_paused_workers(self) -> None:
-        """A worker that Dask has paused, though all it holds is spilled, goes on only if its process grows smaller."""
+    def _refuse_idle_workers(self) -> None:
+        """Ends a run that cannot go on: no workers, or all paused, which would end only if their processes shrank."""
         workers = self._client.scheduler_info()["workers"].values()
+        if workers:
+            self._had_workers = time.monotonic()
+        elif time.monotonic() - self._had_workers > _MOST_SECONDS_ALONE:
+            raise QuadmixError(
+                f"executor: the Dask scheduler has had no workers for {_MOST_SECONDS_ALONE:.0f} s; start some, and run "
+                "the command again"
+            )
         if workers and all(worker["status"] == "paused" for worker in workers):
             raise QuadmixError(
                 f"executor: Dask has paused all {len(workers)} workers, each near its memory limit; raise the limit, "
