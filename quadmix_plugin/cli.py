@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 usage, 74 storage, 78 recipe error, 130 and 143 interrupted.
 """
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from quadmix_plugin import cli_tools
 from quadmix_plugin.cli_tools import AsJson, Verbose
-from quadmix_plugin.errors import QuadmixError
+from quadmix_plugin.errors import QuadmixError, StorageError
 from quadmix_plugin.signals import raise_surely
 from quadmix_plugin.terminal import printable, quiet_libraries, show_progress, stderr, stdout
 
@@ -57,7 +58,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, _stop)
     as_json = "--json" in sys.argv[1:]
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        stderr.print(f"[bold red]error:[/] standard output: {error.strerror}; the work itself is done", highlight=False)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  else the interpreter tries once more
+        sys.exit(StorageError.exit_code)
     except QuadmixError as error:
         _fail(str(error), error.exit_code, as_json)
     except _StoppedError as stop:

@@ -301,3 +301,11 @@ def test_id_hash_of_the_command_is_that_of_the_library() -> None:
     environment = {"PYTHONHASHSEED": "77", "PATH": ""}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert json.loads(ended.stdout) == hash64(["a", "b"], 5).tolist()
+
+
+def test_an_output_that_cannot_be_written_is_said_on_stderr() -> None:
+    command = [sys.executable, "-m", "quadmix_plugin", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (74, 1), done.stderr
+    assert done.stderr.startswith("error: standard output: No space left on device")
