@@ -30,7 +30,7 @@ class Assumptions:
     tokens_per_core_s: float = 0.5e6  # by a tokenizer
     fasttext_per_core_s: float = 15_000.0  # documents
     rows_per_core_s: float = 5.0e6  # of one numeric pass, reading included
-    units_per_s: float = 300.0  # calls of stages that the driver starts and ends
+    units_per_s: float = 100.0  # calls of stages that the driver starts and ends
     units_per_shard: float = 18.0  # label 7, σ fitted 1 and applied 3, ranks 1, selection 3, export 3
     efficiency: float = 0.85  # what two workers reach of twice one
 

@@ -123,6 +123,8 @@ class Flow:
                 for future in self._next():
                     self._finish(future)
             self._end()
+        except (OSError, TimeoutError) as error:  # of Dask's client: what stages raise has become a QuadmixError
+            raise QuadmixError(_LOST) from error
         finally:
             with contextlib.suppress(OSError, TimeoutError):  # of a scheduler that is gone
                 self._client.unsubscribe_topic(TOPIC)
