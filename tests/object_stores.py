@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Faulty:
         if drawn < 2 / 3:
             self.dropped += 1  # the store has done it, and the client does not hear of it
             list(self._application(environ, lambda *_: lambda _: None))
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
         if drawn < 1:
             self.slow += 1
