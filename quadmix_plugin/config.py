@@ -285,7 +285,8 @@ def _create(group: str, plugin: str, options: Options, place: str, beside: tuple
     try:
         registry.create(group, plugin, options, place)
     except RecipeError as error:
-        known = [each.name for each in fields(registry.load(group, plugin))] if plugin in registry.names(group) else []
+        is_there = plugin in registry.names(group)
+        known = [each.name for each in fields(registry.load(group, plugin, place))] if is_there else []
         for key in options:
             near = difflib.get_close_matches(key, [*known, *beside], n=1, cutoff=0.7)
             if key not in known and near and near[0] in beside:
