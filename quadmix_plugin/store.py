@@ -149,8 +149,9 @@ class Step:
 
     def bring(self, *paths: str | Path) -> None:
         """Fetches files and folders of the run, named by their places on the driver's machine, if they are not here."""
-        for path in paths:
-            self.place.bring(Path(path).relative_to(self.root).as_posix())
+        for path in map(Path, paths):
+            if path.is_relative_to(self.root):  # else a file of the user's own
+                self.place.bring(path.relative_to(self.root).as_posix())
 
     def finish(self, **facts: Any) -> None:
         """Marks the step as complete; ``facts`` are its summary (row counts, seconds)."""
