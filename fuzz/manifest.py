@@ -1,4 +1,4 @@
-"""Fuzzes the readers of manifests: blocks between empty lines, each a file's name and below it what its lines are."""
+"""Fuzzes the readers of manifests: blocks between empty lines, each a file's name and below it what is in the file."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def target(data: bytes, folder: Path) -> None:
     for block in data.split(BETWEEN):
         name, _, content = block.partition(b"\n")
         if name and b"/" not in name and b"\0" not in name and name not in (b".", b"..") and len(name) < 256:
-            (manifest / os.fsdecode(name)).write_bytes(content + b"\n")
+            (manifest / os.fsdecode(name)).write_bytes(content)
     with _looking() as looked:
         _read(run)
     root = os.fspath(run.root)
