@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ def _ask(step: Step) -> None:
 _looked: list[Any] | None = None
 
 
+class _Mine(list[Any]):
+    """What this thread appends: others, such as monitors of a cluster, look at what they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def append(self, item: Any) -> None:
+        if threading.get_ident() == self._thread:
+            super().append(item)
+
+
 @contextlib.contextmanager
 def _looking() -> Iterator[list[Any]]:
     """The paths that are opened, listed or asked about meanwhile."""
@@ -133,7 +146,7 @@ def _looking() -> Iterator[list[Any]]:
         sys.addaudithook(_hook)
         sys._quadmix_fuzz_looks = True  # type: ignore[attr-defined]
     real = {name: getattr(os, name) for name in ("stat", "lstat", "access")}  # of which there are no audit events
-    _looked = found = []
+    _looked = found = _Mine()
 
     def noted(name: str) -> Any:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
