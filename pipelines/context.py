@@ -271,10 +271,10 @@ def executor_of(recipe: Recipe, n_workers: int | None = None) -> BaseExecutor:
 def _local_cluster(section: Executor, n_workers: int | None) -> dict[str, Any]:
     """Options of a cluster on this machine: one worker per core, or per GPU where there are some."""
     workers = section.workers or n_workers
-    options = {"n_workers": workers, "max_workers": section.max_workers, "memory_limit": section.memory_limit}
-    gpu_options = {"rmm_pool_size": section.rmm_pool_size, "protocol": section.protocol}
+    keys = ("max_workers", "memory_limit", "rmm_pool_size", "protocol")
+    options = {"n_workers": workers, **{key: getattr(section, key) for key in keys}}
     if not choose_device(section.device).startswith("cuda"):
-        return {**options, **gpu_options}
+        return options
     import torch
 
     gpus = torch.cuda.device_count()
@@ -283,10 +283,10 @@ def _local_cluster(section: Executor, n_workers: int | None) -> dict[str, Any]:
             logger.warning(
                 "%d GPUs are here and one is used; `pip install quadmix-plugin[cuda12]` gives each a worker", gpus
             )
-        return {**options, **gpu_options, "n_workers": workers or 1, "worker_resources": {"GPU": 1}}
+        return {**options, "n_workers": workers or 1, "worker_resources": {"GPU": 1}}
     if workers is not None and workers > gpus:
         raise RecipeError(f"executor.workers: {workers} workers for {gpus} GPUs; give at most {gpus}, or leave it out")
-    return {**options, **gpu_options, "gpu_workers": True}
+    return {**options, "gpu_workers": True}
 
 
 def trainer_options(run: Run, trainer: str, options: dict) -> dict:

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 74 storage, 78 recipe error, 130 and 143 
 
 import errno
 import json
-import logging
 import os
 import signal
 import sys
@@ -22,8 +21,6 @@ from quadmix_plugin.cli_tools import AsJson, Verbose
 from quadmix_plugin.errors import QuadmixError, StorageError
 from quadmix_plugin.signals import raise_surely
 from quadmix_plugin.terminal import printable, quiet_libraries, show_progress, stderr, stdout
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="quadmix",

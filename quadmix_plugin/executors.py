@@ -157,16 +157,16 @@ class DaskExecutor(BaseExecutor):
             self._place = Scheduler(address, scheduler_file, tls)
         elif client is None:
             self._place = OwnCluster(
-                n_workers,
-                max_workers,
-                threads_per_worker,
-                memory_limit,
-                {key: str(value) for key, value in (worker_env or {}).items()},
-                dict(worker_resources or ({"GPU": 1} if gpu_workers else {})),
-                lost_worker_retries,
-                gpu_workers,
-                rmm_pool_size,
-                protocol,
+                n_workers=n_workers,
+                max_workers=max_workers,
+                threads_per_worker=threads_per_worker,
+                memory_limit=memory_limit,
+                env={key: str(value) for key, value in (worker_env or {}).items()},
+                resources=dict(worker_resources or ({"GPU": 1} if gpu_workers else {})),
+                lost_worker_retries=lost_worker_retries,
+                gpu_workers=gpu_workers,
+                rmm_pool_size=rmm_pool_size,
+                protocol=protocol,
             )
         self._given_client = client
         self._client: Any = client  # Dask annotates its methods for asynchronous clients too

@@ -214,7 +214,7 @@ class RunDirectory:
     def recorded_keys(self, name: str) -> set[str]:
         """The keys with which artifacts of a step were made."""
         found = map(_mapping, self.place.read_folder(f"manifest/{name}").values())
-        return {content["key"] for content in found if content is not None and isinstance(content.get("key"), str)}
+        return {content["key"] for content in found if content is not None}
 
     def write_text(self, name: str, content: str) -> None:
         """Writes a file beside the artifacts, such as the report."""
@@ -269,9 +269,9 @@ class RunDirectory:
             return f"{entry.path}: missing"
         if size != entry.bytes:
             return f"{entry.path}: {size} bytes, the manifest says {entry.bytes}"
-        return (
-            None if self.place.digest(entry.path) == entry.sha256 else f"{entry.path}: content differs from its sha256"
-        )
+        if self.place.digest(entry.path) != entry.sha256:
+            return f"{entry.path}: content differs from its sha256"
+        return None
 
 
 def _step_digest(content: dict[str, Any], entries: list[Entry]) -> str:

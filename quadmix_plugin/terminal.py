@@ -134,6 +134,7 @@ def quiet_libraries(verbose: bool) -> None:
         logger.disable("nemo_curator")  # LOGURU_LEVEL has no effect: a dependency adds a handler of its own
         for name in ("megatron", "transformers", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Dask's loops: tasks that ended with their connection
 
 
 def print_fit(metrics: dict[str, Any]) -> None:

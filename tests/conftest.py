@@ -47,6 +47,29 @@ def recipe_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory):
+    """A recipe whose labels are columns and whose parameters are given; a run until its export takes a second."""
+    from faults import write_tiny_recipe
+
+    return write_tiny_recipe(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_contents(tiny_recipe, tmp_path_factory):
+    """File → sha256 of that run until its export, undisturbed and in one process; see ``faults.contents``."""
+    from faults import SHORT, contents
+
+    from quadmix_plugin.config import load_recipe
+    from quadmix_plugin.pipelines.context import open_run
+    from quadmix_plugin.pipelines.run import run_steps
+
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    with open_run(load_recipe(tiny_recipe), out) as run:
+        run_steps(run, SHORT)
+    return contents(out)
+
+
+@pytest.fixture(scope="session")
 def finished(recipe_path):
     """The run directory of that recipe after an undisturbed run in one process; tests only read it."""
     from quadmix_plugin.config import load_recipe

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import contents, write_tiny_recipe
+from faults import SHORT, contents
 from object_stores import BUCKET, Faulty, new_store, s3_server
 
 from quadmix_plugin.config import load_recipe
@@ -25,8 +25,6 @@ from quadmix_plugin.pipelines.context import open_run
 from quadmix_plugin.pipelines.run import run_steps
 from quadmix_plugin.places import WORK_FOLDERS, ObjectFolder, place_at
 from quadmix_plugin.store import RunDirectory
-
-UNTIL = ("label", "normalise", "select", "export")
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +47,9 @@ def store(server, monkeypatch, tmp_path) -> Iterator[str]:
     faulty.share, faulty.kill = 0.0, None
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    return write_tiny_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe, tmp_path_factory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("local") / "out"
-    _run(recipe, str(out))
-    return contents(out)
-
-
 def _run(recipe: Path, out: str) -> dict[str, Any]:
     with open_run(load_recipe(recipe), out) as run:
-        return run_steps(run, UNTIL)
+        return run_steps(run, SHORT)
 
 
 def _stored(url: str, folder: Path) -> dict[str, str]:
@@ -72,12 +58,12 @@ def _stored(url: str, folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(folder).items() if not name.startswith(".lock/")}
 
 
-def test_a_run_in_an_object_store_is_that_of_a_folder(store, server, recipe, undisturbed, tmp_path):
-    _run(recipe, store)
-    assert _stored(store, tmp_path / "copy") == undisturbed
-    assert len(undisturbed) > 30
-    headlines = _run(recipe, store)["headlines"]
-    assert len(headlines) == len(UNTIL)
+def test_a_run_in_an_object_store_is_that_of_a_folder(store, server, tiny_recipe, tiny_contents, tmp_path):
+    _run(tiny_recipe, store)
+    assert _stored(store, tmp_path / "copy") == tiny_contents
+    assert len(tiny_contents) > 30
+    headlines = _run(tiny_recipe, store)["headlines"]
+    assert len(headlines) == len(SHORT)
     assert all("already done" in line for line in headlines)
     checked, faults = RunDirectory.at(store).verify()
     assert (checked > 10, faults) == (True, [])
@@ -87,45 +73,45 @@ def test_a_run_in_an_object_store_is_that_of_a_folder(store, server, recipe, und
     assert [path for path in files if secret in path.read_bytes()] == []
 
 
-def test_another_machine_goes_on_with_what_is_there(store, recipe, undisturbed, tmp_path, monkeypatch):
-    with open_run(load_recipe(recipe), store) as run:
-        run_steps(run, UNTIL[:2])
+def test_another_machine_goes_on_with_what_is_there(store, tiny_recipe, tiny_contents, tmp_path, monkeypatch):
+    with open_run(load_recipe(tiny_recipe), store) as run:
+        run_steps(run, SHORT[:2])
     monkeypatch.setenv(WORK_FOLDERS, str(tmp_path / "another"))
-    summary = _run(recipe, store)
+    summary = _run(tiny_recipe, store)
     assert ["already done" in line for line in summary["headlines"]] == [True, True, False, False]
-    assert _stored(store, tmp_path / "copy") == undisturbed
+    assert _stored(store, tmp_path / "copy") == tiny_contents
 
 
-def test_another_recipe_is_refused_there_too(store, recipe):
-    with open_run(load_recipe(recipe), store) as run:
-        run_steps(run, UNTIL[:1])
+def test_another_recipe_is_refused_there_too(store, tiny_recipe):
+    with open_run(load_recipe(tiny_recipe), store) as run:
+        run_steps(run, SHORT[:1])
     with (
         pytest.raises(RecipeError, match=rf"^{store}: the step 'label' .*documents_per_shard: 40 → 41"),
-        open_run(load_recipe(recipe, ["corpus.documents_per_shard=41"]), store),
+        open_run(load_recipe(tiny_recipe, ["corpus.documents_per_shard=41"]), store),
     ):
         pass
 
 
 @pytest.mark.slow
-def test_a_slow_store_that_refuses_and_forgets_to_answer_costs_only_time(store, server, recipe, undisturbed, tmp_path):
+def test_a_store_that_is_slow_refuses_and_forgets_costs_only_time(store, server, tiny_recipe, tiny_contents, tmp_path):
     faulty = server[1]
     faulty.share = 0.1
-    _run(recipe, store)
+    _run(tiny_recipe, store)
     faulty.share = 0.0
     assert min(faulty.refused, faulty.dropped, faulty.slow) > 3
-    assert _stored(store, tmp_path / "copy") == undisturbed
+    assert _stored(store, tmp_path / "copy") == tiny_contents
     assert RunDirectory.at(store).verify()[1] == []
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_bytes(store, server, recipe, undisturbed, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_bytes(store, server, tiny_recipe, tiny_contents, tmp_path):
     """A request that the store has carried out and its process has not heard of, again and again."""
     faulty, kills = server[1], 0
     code = "import sys; from test_object_store import _child; _child(sys.argv[1], sys.argv[2])"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     while True:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(recipe), store], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(tiny_recipe), store], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         process.stdout.readline()
@@ -139,14 +125,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(store, server, recip
         assert RunDirectory.at(store).verify()[1] == []
         assert kills < 40
     assert kills > 3
-    assert _stored(store, tmp_path / "copy") == undisturbed
+    assert _stored(store, tmp_path / "copy") == tiny_contents
 
 
 def _child(recipe: str, out: str) -> None:
     loaded = load_recipe(recipe)
     print("ready", flush=True)
     with open_run(loaded, out) as run:
-        run_steps(run, UNTIL)
+        run_steps(run, SHORT)
 
 
 def test_an_entry_is_made_once(store):
